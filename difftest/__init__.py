@@ -1,0 +1,1 @@
+"""Inputs on which a compressed model deviates from its original (DFlare)."""

@@ -1,0 +1,1 @@
+"""Studies, benchmarks and the quickstart: one command each, run as ``python -m experiments.X``."""

@@ -1,0 +1,1 @@
+"""The channels a single input is routed through (CDRP), and what they tell."""
