@@ -1,0 +1,24 @@
+"""Which parts of a network matter, for these inputs: tracing, folds and slicing."""
+
+from nnslicer_jax.cost import Estimate, estimate
+from nnslicer_jax.fold import evaluate
+from nnslicer_jax.graph import Graph, Neuron, UnsupportedError, trace
+from nnslicer_jax.profile import Profile, profile
+from nnslicer_jax.slices import Slice, load_slice
+from nnslicer_jax.slicing import effective_path, slice_network
+
+__all__ = [
+    "Estimate",
+    "Graph",
+    "Neuron",
+    "Profile",
+    "Slice",
+    "UnsupportedError",
+    "effective_path",
+    "estimate",
+    "evaluate",
+    "load_slice",
+    "profile",
+    "slice_network",
+    "trace",
+]

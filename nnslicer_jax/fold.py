@@ -1,0 +1,239 @@
+"""Folds over a `Graph`: forward along the computation, backward against it.
+
+An interpretation is a `Rules` table and what it carries; this module knows neither. Folds work
+on one sample (traced shapes); batches are `vmap` of a fold.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnslicer_jax import operations
+from nnslicer_jax.graph import Graph, Neuron, Node, UnsupportedError, is_batched
+
+Env = list[Any]  # value id -> whatever the interpretation carries
+Edits = Mapping[str, Callable[[jax.Array], jax.Array]]  # neuron name -> edit of its activation
+
+
+class Rules:
+    """Rules of one interpretation, by the key of the node they read."""
+
+    def __init__(self, interpretation: str, default: Callable | None = None) -> None:
+        self.interpretation = interpretation
+        self._default = default
+        self._rules: dict[str, Callable] = {}
+
+    def register(self, *keys: str) -> Callable[[Callable], Callable]:
+        """Decorator that makes a function the rule of each of `keys`."""
+
+        def add(rule: Callable) -> Callable:
+            for key in keys:
+                if key in self._rules:
+                    raise ValueError(f"{self.interpretation} has a rule for {key} already")
+                self._rules[key] = rule
+            return rule
+
+        return add
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rules or self._default is not None
+
+    def __getitem__(self, node: Node) -> Callable:
+        rule = self._rules.get(node.key, self._default)
+        if rule is None:
+            raise UnsupportedError(f"{self.interpretation}: no rule for {node}")
+        return rule
+
+
+def forward(
+    graph: Graph,
+    rules: Rules,
+    leaves: Sequence[Any],
+    edits: Mapping[int, Callable[[Any], Any]] | None = None,
+) -> Env:
+    """Runs `rule(node, *inputs) -> outputs` on every node that reads the sample.
+
+    Args:
+      graph: The traced model.
+      rules: The interpretation.
+      leaves: What to carry for each parameter leaf, then for the sample.
+      edits: Value id to a map of what is carried there, applied as soon as it is known.
+
+    Returns:
+      What is carried at each value id.
+    """
+    edits = edits or {}
+    env: Env = [None] * len(graph.values)
+
+    def put(ident: int, value: Any) -> None:
+        env[ident] = edits[ident](value) if ident in edits else value
+
+    for ident, value in graph.consts.items():
+        env[ident] = value
+    for ident, value in zip((*graph.params.values(), graph.input), leaves, strict=True):
+        put(ident, value)
+    for node in graph.nodes:
+        args = [env[i] for i in node.inputs]
+        outs = rules[node](node, *args) if any(node.data) else node.bind(*args)
+        for ident, value in zip(node.outputs, outs, strict=True):
+            put(ident, value)
+    return env
+
+
+def backward(
+    graph: Graph,
+    rules: Rules,
+    env: Env,
+    seeds: Mapping[int, Any],
+    context: Any = None,
+    weights: Rules | None = None,
+) -> dict[int, Any]:
+    """Runs `rule(node, args, outs, back, context) -> what goes to each input` in reverse.
+
+    A value read several times (`x * x`, a residual) receives the sum. Nodes that nothing comes
+    back to are not visited.
+
+    Args:
+      graph: The traced model.
+      rules: The interpretation.
+      env: What is known at each value id; a rule gets that of its inputs and outputs.
+      seeds: Value id to what starts there.
+      context: Handed to every rule.
+      weights: Rules of the nodes that do not read the sample, which lead from the weights an
+        operation used to the parameters; without it those nodes are not visited.
+
+    Returns:
+      Value id to the sum of what came back to it; ids that nothing reached are absent.
+    """
+    total = dict(seeds)
+    for node in reversed(graph.nodes):
+        table = rules if any(node.data) else weights
+        if table is None or not any(i in total for i in node.outputs):
+            continue
+        args, outs = [env[i] for i in node.inputs], [env[i] for i in node.outputs]
+        back = table[node](node, args, outs, [total.get(i) for i in node.outputs], context)
+        for ident, value in zip(node.inputs, back, strict=True):
+            if value is not None:
+                total[ident] = total[ident] + value if ident in total else value
+    return total
+
+
+EVALUATE = Rules("evaluate", default=Node.bind)
+
+
+def record(graph: Graph, params: Any, sample: jax.Array, edits: Edits | None = None) -> Env:
+    """Every value of the model on one sample.
+
+    Args:
+      graph: The traced model.
+      params: The parameters, structured as they were traced.
+      sample: One sample, without batch axis.
+      edits: Neuron name to a function of its activation (of one sample, without batch axis).
+
+    Returns:
+      The array at each value id, in its traced shape.
+    """
+    rules, changes = EVALUATE, {}
+    if edits:
+        rules = _EDITED
+        neurons = graph.neurons()
+        changes = {neurons[name].value: _on_sample(edit) for name, edit in edits.items()}
+    return forward(graph, rules, [*leaves(graph, params), sample[None]], changes)
+
+
+# An edit inside the body of a custom derivative must show in its output, so there the body's
+# values count, and the derivative is the body's own.
+_EDITED = Rules("evaluate with edits", default=Node.bind)
+
+
+@_EDITED.register(operations.CUSTOM_DERIVATIVE)
+def _body_outputs(node: Node, *args: jax.Array) -> tuple[jax.Array, ...]:
+    return args[len(args) - len(node.outputs) :]
+
+
+def _on_sample(edit: Callable) -> Callable[[jax.Array], jax.Array]:
+    def edited(activation: jax.Array) -> jax.Array:
+        return edit(unbatched(activation)).reshape(activation.shape)
+
+    return edited
+
+
+def unbatched(activation: jax.Array) -> jax.Array:
+    """A traced activation without the batch of one, where it leads with it."""
+    return activation[0] if is_batched(activation.shape) else activation
+
+
+def leaves(graph: Graph, params: Any) -> list[Any]:
+    """Parameter leaves in the graph's order.
+
+    Raises:
+      ValueError: If the leaves are not those traced.
+    """
+    found, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    if names != list(graph.params):
+        odd = sorted(set(names) ^ set(graph.params))
+        raise ValueError(
+            f"params do not have the structure that was traced: they differ at {odd[:3]}"
+        )
+    for (name, ident), (_, leaf) in zip(graph.params.items(), found, strict=True):
+        traced = graph.values[ident].shape
+        if tuple(jnp.shape(leaf)) != traced:
+            raise ValueError(f"params {name} has shape {jnp.shape(leaf)}, traced as {traced}")
+    return [leaf for _, leaf in found]
+
+
+def evaluate(
+    graph: Graph, params: Any, x: jax.Array, edits: Edits | None = None
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The model itself, with every activation recorded and `edits` applied.
+
+    Pure and traceable: put it under `jit`, `grad`, `vmap` or a sharding. Activations that the
+    caller drops cost nothing under `jit`.
+
+    Args:
+      graph: The traced model.
+      params: The parameters, structured as they were traced.
+      x: `[B, ...]`, samples of the traced shape, any B of at least one.
+      edits: Neuron name to a function of one sample's activation (shape as `graph.neurons()`
+        lists it) that returns what to put in its place. Gates and ablations are edits.
+
+    Returns:
+      What the model returns, and the activations `[B, ...]` by neuron name.
+
+    Raises:
+      ValueError: For a wrong shape, an unknown neuron, or params of another structure.
+    """
+    check_batch(graph, x)
+    check_names(graph, edits or {})
+    neurons = graph.neurons()
+
+    def one(sample: jax.Array) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+        env = record(graph, params, sample, edits)
+        outs = [unbatched(env[i]) for i in graph.outputs]
+        return outs, {name: unbatched(env[n.value]) for name, n in neurons.items()}
+
+    outs, activations = jax.vmap(one)(x)
+    return jax.tree.unflatten(graph.out_tree, outs), activations
+
+
+def check_batch(graph: Graph, x: Any) -> None:
+    """Raises ValueError unless `x` is a batch of at least one sample of the traced shape."""
+    shape = graph.values[graph.input].shape[1:]
+    if not hasattr(x, "shape") or tuple(x.shape[1:]) != shape or len(x.shape) == 0:
+        given = f"shape {tuple(x.shape)}" if hasattr(x, "shape") else type(x).__name__
+        raise ValueError(f"x must have shape [B, {', '.join(map(str, shape))}], not {given}")
+    if x.shape[0] == 0:
+        raise ValueError("x is an empty batch; it must have at least one sample")
+
+
+def check_names(graph: Graph, names: Any) -> dict[str, Neuron]:
+    """The graph's neurons, or ValueError where one of `names` is not among them."""
+    neurons = graph.neurons()
+    for name in names:
+        if name not in neurons:
+            some = ", ".join(list(neurons)[:4])
+            raise ValueError(f"no neuron {name!r}; graph.neurons() lists them ({some}, ...)")
+    return neurons

@@ -1,0 +1,40 @@
+"""Names of JAX operations, in the groups that every interpretation shares.
+
+Rule tables register these groups by name, so that an operation added here is read alike by
+all of them. Operations are named as `Node.key` names them.
+"""
+
+# The output is the input, in another place or copied.
+IDENTITY = frozenset({
+    "convert_element_type", "copy", "copy_p", "device_put", "optimization_barrier",
+    "reduce_precision", "reshard", "sharding_constraint", "stop_gradient",
+})  # fmt: skip
+REARRANGE = frozenset({
+    "broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "expand_dims",
+    "gather", "pad", "reshape", "rev", "select_n", "slice", "split", "squeeze", "stack", "tile",
+    "transpose", "unstack",
+})  # fmt: skip
+# What a custom derivative rule was attached to: see `graph.Node`.
+CUSTOM_DERIVATIVE = "custom_derivative"
+# Calls kept whole that rules may name; any other is read as some elementwise function, a CALL.
+CALL = "call"
+NAMED_CALLS = frozenset({
+    "clip", "elu", "leaky_relu", "relu", "relu6", "selu", "sigmoid", "silu", "softplus",
+})  # fmt: skip
+MOVEMENT = IDENTITY | REARRANGE | {CUSTOM_DERIVATIVE}
+
+# Functions of one array, element by element.
+UNARY = frozenset({
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "cbrt",
+    "ceil", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor",
+    "integer_pow", "is_finite", "lgamma", "log", "log1p", "logistic", "neg", "not", "round",
+    "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+})  # fmt: skip
+# Functions of several arrays of one shape (or scalars), element by element.
+NARY = frozenset({
+    "add", "add_any", "and", "atan2", "clamp", "div", "eq", "ge", "gt", "le", "lt", "max", "min",
+    "mul", "ne", "nextafter", "or", "pow", "rem", "select_n", "sub", "xor",
+})  # fmt: skip
+ELEMENTWISE = UNARY | NARY
+# Element by element too, but they compute nothing of their own.
+ELEMENTWISE_MOVEMENT = IDENTITY | {"broadcast_in_dim"}
