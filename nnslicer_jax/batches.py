@@ -1,0 +1,70 @@
+"""Images as batches of one size: checked, padded at the end, streamed."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnslicer_jax.fold import check_batch
+from nnslicer_jax.graph import Graph
+
+
+class Batch(NamedTuple):
+    """Some images.
+
+    Attributes:
+      images: `[B, ...]`, filled up with copies of the last image.
+      count: How many of them are real.
+    """
+
+    images: Any
+    count: int
+
+
+def batches(graph: Graph, images: Any, batch_size: int) -> Iterator[Batch]:
+    """Cuts images into batches of `batch_size`; batches of an iterable keep their own size.
+
+    Raises:
+      ValueError: For a wrong shape, dtype or size, an empty set, or values that are not finite.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    none = True
+    for part in _parts(images):
+        check_images(graph, part)
+        size = min(batch_size, len(part)) if none else batch_size
+        none = False
+        for start in range(0, len(part), size):
+            piece = part[start : start + size]
+            count = len(piece)
+            if count < size:
+                fill = np.broadcast_to(np.asarray(piece[-1:]), (size - count, *piece.shape[1:]))
+                piece = np.concatenate([np.asarray(piece), fill])
+            yield Batch(piece, count)
+    if none:
+        raise ValueError("images is empty; it must hold at least one image")
+
+
+def _parts(images: Any) -> Iterable[Any]:
+    return [images] if hasattr(images, "shape") else images
+
+
+def check_images(graph: Graph, images: Any) -> None:
+    """Raises ValueError unless `images` can be run through the graph."""
+    check_batch(graph, images)
+    traced = graph.values[graph.input].dtype
+    kinds = (jnp.issubdtype(traced, jnp.floating), jnp.issubdtype(images.dtype, jnp.floating))
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"images must be {traced} as the model was traced, not {images.dtype}")
+    if kinds[0] and not np.isfinite(np.asarray(images, np.float32)).all():
+        raise ValueError("images must be finite; some are NaN or infinite")
+
+
+def check_params(params: Any) -> None:
+    """Raises ValueError where a parameter is not finite."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not jnp.isfinite(leaf).all():
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"params must be finite; {name} has NaN or infinite values")

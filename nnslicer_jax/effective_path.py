@@ -1,0 +1,101 @@
+"""EffectivePath, the baseline: the largest terms that make up most of each sum.
+
+Qiu, Leng, Guo, Chen, Li, Guo, Zhu: "Adversarial Defense Through Network Profiling Based Path
+Extraction", CVPR 2019. The walk of NNSlicer with other rules: activations instead of deltas, a
+weighted sum keeps the fewest of its largest terms that reach theta of it, everything kept
+counts as +1. The paper's layers are dense, convolution, ReLU and max pooling; here residual
+adds and average pools are sums of their terms, ties stay together, and what computes element
+by element is passed through.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from nnslicer_jax import operations
+from nnslicer_jax.contribution import (
+    Term,
+    contributing,
+    decision,
+    extreme,
+    gathering,
+    move,
+    product_rule,
+    select,
+    sign,
+    sum_edges,
+)
+from nnslicer_jax.fold import Env, Rules
+from nnslicer_jax.graph import Graph
+from nnslicer_jax.movement import fitted
+from nnslicer_jax.products import inverse
+
+RULES = Rules("effective path")
+RULES.register("and", "argmax", "argmin", "eq", "ge", "gt", "le", "lt", "ne", "or", "xor")(decision)
+RULES.register("select_n")(select)
+RULES.register(*(operations.MOVEMENT - {"select_n"}))(move)
+
+
+def activations(graph: Graph, env: Env) -> list[Term | None]:
+    """Every value as a `Term` whose change is its activation itself."""
+    return [
+        None if v is None else Term(v, v.astype(jnp.float32) if i in graph.carried else None)
+        for i, v in enumerate(env)
+    ]
+
+
+def _on(back: list[Any]) -> Any:
+    """1 where an output is on the path."""
+    return sign(back[0])
+
+
+@RULES.register("dot_general", "conv_general_dilated")
+def _weighted_sum(node, args, outs, back, how):
+    return product_rule(node, args, _on(back), how)
+
+
+@RULES.register("add", "add_any", "sub")
+def _sum_of_two(node, args, outs, back, how):
+    if not all(node.data):
+        return fitted([_on(back) if data else None for data in node.data], args)
+    shape = outs[0].value.shape
+    second = -args[1].delta if node.key == "sub" else args[1].delta
+    terms = [jnp.broadcast_to(t, shape) for t in (args[0].delta, second)]
+    edge = sum_edges(jnp.stack(terms, -1), _on(back), how)
+    return fitted([edge[..., 0], edge[..., 1]], args)
+
+
+@RULES.register("reduce_sum", "reduce_window_sum")
+def _sum(node, args, outs, back, how):
+    gather = gathering(node)
+    edge = sum_edges(gather(args[0].delta), _on(back), how)
+    return [inverse(gather, args[0].value.shape, edge)]
+
+
+@RULES.register("reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min")
+def _maximum(node, args, outs, back, how):
+    edge = jnp.where(extreme(node, args, outs[0].value), _on(back)[..., None], 0)
+    return [inverse(gathering(node), args[0].value.shape, edge)]
+
+
+@RULES.register("max", "min")
+def _maximum_of_two(node, args, outs, back, how):
+    on = _on(back)
+    where = contributing(node, args, outs[0].value)
+    return fitted(
+        [None if w is None else jnp.where(w, on, 0) for w in where], args
+    )
+
+
+@RULES.register("relu")
+def _rectify(node, args, outs, back, how):
+    return [jnp.where(args[0].value > 0, _on(back), 0)]
+
+
+@RULES.register(
+    *(operations.UNARY - {"not"}), *(operations.NAMED_CALLS - {"relu"}), operations.CALL,
+    "atan2", "clamp", "nextafter", "pow", "rem", "mul", "div",
+)  # fmt: skip
+def _elementwise(node, args, outs, back, how):
+    divisor = 1 if node.key == "div" else None
+    return fitted([None if i == divisor else _on(back) for i in range(len(args))], args)

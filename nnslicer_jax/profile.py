@@ -1,0 +1,126 @@
+"""Profiling: how active each neuron is on average over a data set.
+
+First phase of NNSlicer (Zhang et al., ESEC/FSE 2020, Eq. 1). One streaming pass in constant
+memory: a batch's means are taken on the device, sample by sample, and merged in float64.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnslicer_jax.batches import batches, check_params
+from nnslicer_jax.fold import leaves, record, unbatched
+from nnslicer_jax.graph import Graph, Neuron
+
+BASELINES = ("channel", "position")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Mean activations.
+
+    Attributes:
+      means: Neuron name to float32 means: `[C]`, one a channel, under baseline "channel"; the
+        activation's shape under "position".
+      baseline: "channel" or "position".
+      count: Number of samples profiled.
+      low: Least input value met.
+      high: Greatest input value met.
+    """
+
+    means: Mapping[str, np.ndarray]
+    baseline: str
+    count: int
+    low: float
+    high: float
+
+
+def profile(
+    graph: Graph, params: Any, images: Any, baseline: str = "channel", batch_size: int = 256
+) -> Profile:
+    """Mean activation of every neuron over `images`.
+
+    Args:
+      graph: The traced model.
+      params: Its parameters.
+      images: `[N, ...]`, or an iterable of batches `[B, ...]` for sets that do not fit memory.
+      baseline: "channel", one mean for each channel over samples and positions (Eq. 1), or
+        "position", one for each activation (the released code).
+      batch_size: Samples run at once.
+
+    Raises:
+      ValueError: For an unknown baseline, images or params that do not fit the graph, an empty
+        set, or values that are not finite.
+    """
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
+    leaves(graph, params)
+    check_params(params)
+    means: dict[str, np.ndarray] = {}
+    total, low, high = 0, np.inf, -np.inf
+    for batch in batches(graph, images, batch_size):
+        weight = np.zeros(len(batch.images), np.float32)
+        weight[: batch.count] = 1 / batch.count
+        part, ends = _means(graph, baseline, params, jnp.asarray(batch.images), weight)
+        total += batch.count
+        for name, mean in part.items():
+            mean = np.asarray(mean, np.float64)
+            before = means.get(name, np.float64(0))
+            means[name] = before + (mean - before) * (batch.count / total)
+        low, high = min(low, float(ends[0])), max(high, float(ends[1]))
+    for name, mean in means.items():
+        if not np.isfinite(mean).all():
+            raise ValueError(f"activations of {name} are not finite; the model or its input is off")
+    rounded = {name: mean.astype(np.float32) for name, mean in means.items()}
+    return Profile(rounded, baseline, total, low, high)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _means(graph: Graph, baseline: str, params: Any, images: jax.Array, weight: jax.Array) -> Any:
+    def one(sample: jax.Array) -> dict[str, jax.Array]:
+        env = record(graph, params, sample)
+        found = {}
+        for name, neuron in graph.neurons().items():
+            activation = unbatched(env[neuron.value]).astype(jnp.float32)
+            if baseline == "channel":
+                activation = activation.mean(positions(neuron))
+            found[name] = activation
+        return found
+
+    # The weights are 0 for the padding of a last batch.
+    part = jax.vmap(one)(images)
+    means = {name: jnp.tensordot(weight, a, 1) for name, a in part.items()}
+    return means, (images.min(), images.max())
+
+
+def positions(neuron: Neuron) -> tuple[int, ...]:
+    """Axes of a neuron's activation that are positions."""
+    return tuple(a for a in range(len(neuron.shape)) if a != neuron.channel)
+
+
+def means_by_value(graph: Graph, found: Profile) -> dict[int, np.ndarray]:
+    """Value id of each neuron to its means, broadcastable to the value's traced shape.
+
+    Raises:
+      ValueError: If the profile is not of this graph.
+    """
+    neurons = graph.neurons()
+    if set(neurons) != set(found.means):
+        odd = sorted(set(neurons) ^ set(found.means))
+        raise ValueError(f"the profile is of another model: they differ at {odd[:3]}")
+    by_value = {}
+    for name, neuron in neurons.items():
+        shape = list(graph.values[neuron.value].shape)
+        lead = len(shape) - len(neuron.shape)
+        if found.baseline == "channel":
+            shape = [n if a - lead == neuron.channel else 1 for a, n in enumerate(shape)]
+        mean = found.means[name]
+        if mean.size != int(np.prod(shape)):
+            raise ValueError(f"the profile is of another model: {name} has {mean.shape} means")
+        by_value[neuron.value] = mean.reshape(shape)
+    return by_value

@@ -1,0 +1,239 @@
+"""A slice as data: which neurons and synapses are in it, and by how much.
+
+Slices of one network combine, compare, shrink to a wanted size, and are kept as safetensors.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """CONTRIB of neurons and synapses; not zero means "in the slice".
+
+    Attributes:
+      synapses: Parameter path joined with "/" to integers of the parameter's shape; with
+        `per_sample`, one more axis leads.
+      neurons: Neuron name to integers of its activation's shape; likewise.
+      axes: Neuron name to the channel axis of one sample's activation.
+      count: Number of samples summed, or along the leading axis.
+      per_sample: Whether a sample axis leads.
+      criterion: How the slice was made: method, rule, theta, baseline.
+    """
+
+    synapses: Mapping[str, np.ndarray]
+    neurons: Mapping[str, np.ndarray]
+    axes: Mapping[str, int]
+    count: int
+    per_sample: bool = False
+    criterion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        kept, total = self.size()
+        how = ", ".join(f"{k}={v}" for k, v in self.criterion.items())
+        samples = f"{self.count} samples" + (", per sample" if self.per_sample else "")
+        return f"Slice({kept:,} of {total:,} synapses, {samples}, {how})"
+
+    def channels(self) -> dict[str, np.ndarray]:
+        """CONTRIB of each neuron: the sum over its positions, `[C]` int64 (`[N, C]`)."""
+        lead = int(self.per_sample)
+        found = {}
+        for name, contrib in self.neurons.items():
+            keep = self.axes[name] + lead
+            axes = tuple(a for a in range(lead, contrib.ndim) if a != keep)
+            found[name] = contrib.sum(axes, dtype=np.int64)
+        return found
+
+    def size(self, layer: str | None = None) -> tuple[int, int]:
+        """Synapses in the slice and in the network, or in one layer (a key of `synapses`)."""
+        layers = self.synapses if layer is None else {layer: self.synapses[layer]}
+        lead = self.count if self.per_sample else 1
+        kept = sum(int(np.count_nonzero(v)) for v in layers.values())
+        return kept, sum(v.size for v in layers.values()) // max(lead, 1) * max(lead, 1)
+
+    def sample(self, index: int) -> "Slice":
+        """The slice of one sample out of a `per_sample` slice."""
+        if not self.per_sample:
+            raise ValueError("sample() needs a slice made with per_sample=True")
+        if not -self.count <= index < self.count:
+            raise ValueError(f"sample index must be below {self.count}, not {index}")
+        return self._map(lambda v: v[index], count=1, per_sample=False)
+
+    def total(self) -> "Slice":
+        """The slice of all samples together: the signed sum of a `per_sample` slice."""
+        if not self.per_sample:
+            return self
+        return self._map(lambda v: v.sum(0, dtype=np.int64), per_sample=False)
+
+    def __add__(self, other: "Slice") -> "Slice":
+        """The slice of both sets of samples together: CONTRIB adds up."""
+        self._same(other)
+        if self.per_sample:
+            return self._zip(
+                other, lambda a, b: np.concatenate([a, b]), count=self.count + other.count
+            )
+        return self._zip(
+            other, lambda a, b: np.add(a, b, dtype=np.int64), count=self.count + other.count
+        )
+
+    def union(self, other: "Slice") -> "Slice":
+        """What is in either slice; where in both, the contribution larger in magnitude."""
+        self._same(other)
+
+        def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            # At equal magnitudes the positive one, so that the order does not matter.
+            first = (np.abs(a) > np.abs(b)) | ((np.abs(a) == np.abs(b)) & (a >= b))
+            return np.where(first, a, b)
+
+        return self._zip(other, larger, count=self.count + other.count)
+
+    def intersection(self, other: "Slice") -> "Slice":
+        """What is in both slices, with this slice's contributions."""
+        self._same(other)
+        return self._zip(other, lambda a, b: np.where(b != 0, a, 0), count=self.count)
+
+    def difference(self, other: "Slice") -> "Slice":
+        """What is in this slice and not in the other."""
+        self._same(other)
+        return self._zip(other, lambda a, b: np.where(b == 0, a, 0), count=self.count)
+
+    def similarity(self, other: "Slice", by: str = "synapses") -> float:
+        """Jaccard similarity, 0..1: how much of what is in either slice is in both.
+
+        Args:
+          other: A slice of the same network.
+          by: "synapses" or "neurons" (activations).
+        """
+        self._same(other)
+        if by not in ("synapses", "neurons"):
+            raise ValueError(f"by must be synapses or neurons, not {by!r}")
+        mine, theirs = getattr(self, by), getattr(other, by)
+        both = sum(int(np.count_nonzero((mine[k] != 0) & (theirs[k] != 0))) for k in mine)
+        either = sum(int(np.count_nonzero((mine[k] != 0) | (theirs[k] != 0))) for k in mine)
+        return both / either if either else 1.0
+
+    def threshold(self, ratio: float) -> "Slice":
+        """The same slice with, in each layer, only its most contributing synapses.
+
+        Args:
+          ratio: Share of each layer's synapses to keep, 0..1: the ceil(ratio * n) with the
+            largest |CONTRIB| that is not 0, equal ones by position. Neurons stay.
+        """
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio must be in 0..1, not {ratio}")
+        if self.per_sample:
+            raise ValueError("threshold() needs one slice; take sample(i) or total() first")
+
+        def most(contrib: np.ndarray) -> np.ndarray:
+            keep = int(np.ceil(ratio * contrib.size))
+            order = np.argsort(-np.abs(contrib), axis=None, kind="stable")[:keep]
+            chosen = np.zeros(contrib.size, bool)
+            chosen[order] = True
+            return np.where(chosen.reshape(contrib.shape), contrib, 0)
+
+        return dataclasses.replace(self, synapses={k: most(v) for k, v in self.synapses.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Writes the slice to a safetensors file, whole or not at all."""
+        arrays = {f"synapses:{k}": np.ascontiguousarray(v) for k, v in self.synapses.items()}
+        arrays |= {f"neurons:{k}": np.ascontiguousarray(v) for k, v in self.neurons.items()}
+        about = {
+            "count": self.count,
+            "per_sample": self.per_sample,
+            "axes": dict(self.axes),
+            "criterion": dict(self.criterion),
+        }
+        write_tensors(path, arrays, {"slice": json.dumps(about)})
+
+    def _same(self, other: "Slice") -> None:
+        mine = {k: v.shape[int(self.per_sample) :] for k, v in self.synapses.items()}
+        theirs = {k: v.shape[int(other.per_sample) :] for k, v in other.synapses.items()}
+        if mine != theirs or set(self.neurons) != set(other.neurons):
+            raise ValueError("the slices are of different networks")
+        if self.per_sample != other.per_sample:
+            raise ValueError("one slice is per sample, the other is not; take total() first")
+
+    def _map(self, fn: Callable, **changes: Any) -> "Slice":
+        return dataclasses.replace(
+            self,
+            synapses={k: fn(v) for k, v in self.synapses.items()},
+            neurons={k: fn(v) for k, v in self.neurons.items()},
+            **changes,
+        )
+
+    def _zip(self, other: "Slice", fn: Callable, **changes: Any) -> "Slice":
+        return dataclasses.replace(
+            self,
+            synapses={k: fn(v, other.synapses[k]) for k, v in self.synapses.items()},
+            neurons={k: fn(v, other.neurons[k]) for k, v in self.neurons.items()},
+            **changes,
+        )
+
+
+def load_slice(path: str | Path) -> Slice:
+    """Reads what `Slice.save` wrote.
+
+    Raises:
+      ValueError: If the file is missing, truncated, or no slice.
+    """
+    arrays, about = read_tensors(path, "slice")
+    parts: dict[str, dict[str, np.ndarray]] = {"synapses": {}, "neurons": {}}
+    for key, array in arrays.items():
+        kind, _, name = key.partition(":")
+        if kind not in parts or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{path} is not a slice: it holds {key!r}")
+        parts[kind][name] = array
+    try:
+        return Slice(
+            **parts, axes=about["axes"], count=about["count"], per_sample=about["per_sample"],
+            criterion=about["criterion"],
+        )  # fmt: skip
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is not a slice: its header is incomplete") from None
+
+
+def write_tensors(
+    path: str | Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file that appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(dict(arrays), part, dict(about))
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
+
+
+def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], Any]:
+    """Reads a safetensors file and the JSON its header holds under `kind`.
+
+    Raises:
+      ValueError: If the file is missing, truncated, or of another kind.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; expected a {kind} saved as safetensors")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = (file.metadata() or {}).get(kind)
+            arrays = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    if about is None:
+        raise ValueError(f"{path} is a safetensors file, but not of a {kind}")
+    try:
+        return arrays, json.loads(about)
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is not a {kind}: its header is damaged") from None

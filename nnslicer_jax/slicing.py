@@ -1,0 +1,347 @@
+"""Slicing a network: which neurons and synapses contribute to chosen outputs for chosen inputs.
+
+NNSlicer (Zhang et al., ESEC/FSE 2020) and EffectivePath (Qiu et al., CVPR 2019) over any number
+of images: batches are `vmap` of the walk over one sample, local devices share each batch, and
+counts merge on the host in int64.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from nnslicer_jax import contribution
+from nnslicer_jax.batches import batches, check_images, check_params
+from nnslicer_jax.contribution import WEIGHTS, deltas
+from nnslicer_jax.cost import estimate
+from nnslicer_jax.effective_path import RULES as PATH_RULES
+from nnslicer_jax.effective_path import activations
+from nnslicer_jax.fold import Rules, backward, leaves, record, unbatched
+from nnslicer_jax.graph import Graph
+from nnslicer_jax.profile import Profile, means_by_value
+from nnslicer_jax.progress import Progress
+from nnslicer_jax.selection import Selection
+from nnslicer_jax.slices import Slice, load_slice
+
+SELECT = ("auto", "host", "device")
+# Seconds between two saves of progress.
+_SAVE_EVERY = 60
+
+
+class Walk(NamedTuple):
+    """One way of slicing; hashable, so that a compiled walk is found again.
+
+    Attributes:
+      rules: Table of the backward walk.
+      rule: Selection rule.
+      filtered: Whether theta selects terms at all.
+      host: Whether it does so on the host.
+      per_sample: Whether samples stay apart.
+      devices: Local devices that share a batch.
+    """
+
+    rules: Rules
+    rule: str
+    filtered: bool
+    host: bool
+    per_sample: bool
+    devices: int
+
+
+def slice_network(
+    graph: Graph,
+    params: Any,
+    profile: Profile,
+    images: Any,
+    outputs: Any = None,
+    theta: float = 0.2,
+    rule: str = "signed",
+    per_sample: bool = False,
+    batch_size: int | None = None,
+    *,
+    select: str = "auto",
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+) -> Slice:
+    """Slices a network for the criterion (images, outputs).
+
+    Zhang et al., ESEC/FSE 2020, Algorithm 1; see `contribution` for the local contributions and
+    `selection` for theta.
+
+    Args:
+      graph: The traced model; its output is logits `[B, K]`, or a softmax of them, which is
+        left out.
+      params: Its parameters.
+      profile: Mean activations, from `profile`.
+      images: `[N, ...]`, or an iterable of batches.
+      outputs: Output neurons of interest: class index for each image `[N]`, several for each
+        `[N, k]` (CONTRIB 1 on each), or None for the predicted class.
+      theta: Size of the slice, 0..1: 0 keeps every term, more keeps fewer.
+      rule: "signed" (the paper's) or "mass" (terms do not cancel when theta is applied).
+      per_sample: Keep samples apart instead of summing them.
+      batch_size: Samples walked at once, which bounds memory; None chooses by `estimate`.
+      select: Where theta is applied: "host" (NumPy's sort through a callback; needs CPU
+        arrays at hand), "device" (plain JAX), or "auto", host on a CPU.
+      progress: Print a line of progress to standard error.
+      checkpoint: File to save progress in about once a minute; where it holds progress of the
+        same call, that is resumed. Not with `per_sample`.
+
+    Returns:
+      The slice; the counts are int32 of one sample each, int64 once summed over several.
+
+    Raises:
+      ValueError: For an option, class index, shape or range that is not accepted.
+      UnsupportedError: For an operation without a rule; it names operation and module.
+    """
+    if rule not in ("signed", "mass"):
+        raise ValueError(f"rule must be signed or mass, not {rule!r}")
+    job = _job(graph, params, contribution.RULES, rule, theta, per_sample, batch_size, select)
+    job = job._replace(means=means_by_value(graph, profile), span=(profile.low, profile.high))
+    about = {"method": "nnslicer", "rule": rule, "theta": theta, "baseline": profile.baseline}
+    return _run(job, images, outputs, about, progress, checkpoint)
+
+
+def effective_path(
+    graph: Graph,
+    params: Any,
+    images: Any,
+    outputs: Any = None,
+    theta: float = 0.5,
+    per_sample: bool = False,
+    batch_size: int | None = None,
+    *,
+    select: str = "auto",
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+) -> Slice:
+    """The effective path: what makes up most of the chosen outputs, as a slice of 0 and 1.
+
+    Qiu et al., CVPR 2019; see the module `effective_path`. Over several images the counts add
+    up, so what is not 0 is the union of their paths. The path of a class is that of its
+    correctly predicted samples.
+
+    Args:
+      graph: The traced model.
+      params: Its parameters.
+      images: `[N, ...]`, or an iterable of batches.
+      outputs: As for `slice_network`.
+      theta: Share of each sum that the kept terms reach, 0..1.
+      per_sample: As for `slice_network`.
+      batch_size: As for `slice_network`.
+      select: As for `slice_network`.
+      progress: As for `slice_network`.
+      checkpoint: As for `slice_network`.
+
+    Raises:
+      ValueError: For an option, class index or shape that is not accepted.
+      UnsupportedError: For an operation without a rule; it names operation and module.
+    """
+    job = _job(graph, params, PATH_RULES, "largest", theta, per_sample, batch_size, select)
+    about = {"method": "effective path", "theta": theta}
+    return _run(job, images, outputs, about, progress, checkpoint)
+
+
+class _Job(NamedTuple):
+    """A walk with what it runs on: the network, theta, means and the range that was profiled."""
+
+    walk: Walk
+    graph: Graph
+    params: Any
+    theta: float
+    batch_size: int
+    means: dict[int, np.ndarray]
+    span: tuple[float, float]
+
+
+def _job(graph, params, rules, rule, theta, per_sample, batch_size, select) -> _Job:
+    if not 0 <= theta <= 1:
+        raise ValueError(f"theta must be in 0..1, not {theta}")
+    if select not in SELECT:
+        raise ValueError(f"select must be one of {', '.join(SELECT)}, not {select!r}")
+    if len(graph.values[graph.logits].shape) != 2 or graph.values[graph.logits].shape[0] != 1:
+        shape = ("B", *graph.values[graph.logits].shape[1:])
+        raise ValueError(f"slicing needs a model that returns logits [B, K], not {shape}")
+    leaves(graph, params)
+    check_params(params)
+    filtered = rule == "largest" or theta > 0
+    host = select == "host" or (select == "auto" and jax.default_backend() == "cpu")
+    if batch_size is None:
+        batch_size = estimate(graph, theta if filtered else 0.0, rule).batch_size
+    count = jax.local_device_count()
+    if batch_size % count:
+        count = 1
+    walk = Walk(rules, rule, filtered, host, per_sample, count)
+    return _Job(walk, graph, params, theta, batch_size, {}, (-np.inf, np.inf))
+
+
+def _run(job: _Job, images, outputs, about, progress, checkpoint) -> Slice:
+    """Walks all images, batch by batch."""
+    total = len(images) if hasattr(images, "shape") else None
+    outputs = _criterion(job.graph, outputs, total)
+    made: list[Slice] = []
+    done, mark = 0, ""
+    if checkpoint is not None:
+        if job.walk.per_sample:
+            raise ValueError("checkpoint saves one merged slice; it does not go with per_sample")
+        mark = _fingerprint(job, total, outputs, about)
+        if Path(checkpoint).exists():
+            before = load_slice(checkpoint)
+            if before.criterion.get("fingerprint") != mark:
+                raise ValueError(f"{checkpoint} holds the progress of another call; remove it")
+            made, done = [before], before.count
+    line = Progress("sliced", total, "images", done) if progress else None
+    saved = time.monotonic()
+    seen = 0
+    for batch in batches(job.graph, images, job.batch_size):
+        start, seen = seen, seen + batch.count
+        if seen <= done:
+            continue
+        _check_span(batch.images, job.span)
+        chosen = None if outputs is None else outputs[start:seen]
+        piece = _walk_some(job, batch.images, batch.count, chosen)
+        if job.walk.per_sample or not made:
+            made.append(piece)
+        else:
+            made = [made[0] + piece]
+        if line:
+            line.at(seen)
+        if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY:
+            dataclasses.replace(made[0], criterion={**about, "fingerprint": mark}).save(checkpoint)
+            saved = time.monotonic()
+    if outputs is not None and len(outputs) != seen:
+        raise ValueError(f"outputs must have one row for each of {seen} images, not {len(outputs)}")
+    whole = made[0] if len(made) == 1 else _joined(made)
+    whole = dataclasses.replace(whole, criterion=about)
+    if checkpoint is not None:
+        dataclasses.replace(whole, criterion={**about, "fingerprint": mark}).save(checkpoint)
+    return whole
+
+
+def _joined(pieces: list[Slice]) -> Slice:
+    """Per-sample slices one after another."""
+    def join(kind: str) -> dict[str, np.ndarray]:
+        parts = [getattr(p, kind) for p in pieces]
+        return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+    count = sum(p.count for p in pieces)
+    return dataclasses.replace(
+        pieces[0], synapses=join("synapses"), neurons=join("neurons"), count=count
+    )
+
+
+def _criterion(graph: Graph, outputs: Any, total: int | None) -> np.ndarray | None:
+    """Class indices `[N, k]`, checked; None for the predicted ones."""
+    if outputs is None:
+        return None
+    outputs = np.asarray(outputs)
+    classes = graph.values[graph.logits].shape[1]
+    if not np.issubdtype(outputs.dtype, np.integer) or outputs.ndim not in (1, 2):
+        raise ValueError(
+            f"outputs must be class indices [N] or [N, k], not {outputs.dtype} of shape "
+            f"{outputs.shape}"
+        )
+    if outputs.size and (outputs.min() < 0 or outputs.max() >= classes):
+        raise ValueError(
+            f"outputs must be class indices below {classes}, the model's number of classes; "
+            f"given {outputs.min()}..{outputs.max()}"
+        )
+    if total is not None and len(outputs) != total:
+        raise ValueError(f"outputs must have one row for each of {total} images, not {len(outputs)}")
+    return outputs.reshape(len(outputs), -1)
+
+
+def _check_span(images: Any, span: tuple[float, float]) -> None:
+    """Raises ValueError where images lie on another scale than those profiled."""
+    (low, high), least, most = span, float(images.min()), float(images.max())
+    slack = high - low
+    if most > high + slack or least < low - slack:
+        raise ValueError(
+            f"images range over {least:g}..{most:g}, those profiled over {low:g}..{high:g}; "
+            "give both on one scale"
+        )
+
+
+def _fingerprint(job: _Job, total: int | None, outputs: Any, about: dict[str, Any]) -> str:
+    """What must be equal for progress to be resumed."""
+    mark = hashlib.sha256(json.dumps([about, total, job.walk.rule]).encode())
+    for leaf in (*leaves(job.graph, job.params), *job.means.values()):
+        mark.update(np.ascontiguousarray(leaf).tobytes())
+    mark.update(b"" if outputs is None else outputs.tobytes())
+    return mark.hexdigest()
+
+
+def _walk_some(job: _Job, images: Any, count: int, outputs: np.ndarray | None) -> Slice:
+    """The slice of one batch, of which the first `count` images are real."""
+    graph, walk = job.graph, job.walk
+    size = len(images)
+    if size % walk.devices:
+        walk = walk._replace(devices=1)
+    real = np.arange(size) < count
+    seeds = None
+    if outputs is not None:
+        seeds = np.zeros((size, graph.values[graph.logits].shape[1]), np.float32)
+        np.put_along_axis(seeds[:count], outputs, 1, axis=1)
+    images = jnp.asarray(images, graph.values[graph.input].dtype)
+    with jax.default_matmul_precision("highest"):
+        synapses, neurons = _walk_batch(
+            graph, walk, job.params, job.means, images, seeds, real, np.float32(job.theta)
+        )
+
+    def host(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+        found = {k: np.asarray(v) for k, v in arrays.items()}
+        return {k: v[:count] for k, v in found.items()} if walk.per_sample else found
+
+    axes = {name: neuron.channel for name, neuron in graph.neurons().items()}
+    return Slice(host(synapses), host(neurons), axes, count, walk.per_sample)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _walk_batch(graph, walk, params, means, images, seeds, real, theta):
+    def some(params, means, images, seeds, real, theta):
+        one = functools.partial(_walk_one, graph, walk, params, means, theta)
+        found = jax.vmap(one)(images, seeds, real)
+        if walk.per_sample:
+            return found
+        found = jax.tree.map(lambda a: a.sum(0), found)
+        return jax.lax.psum(found, "batch") if walk.devices > 1 else found
+
+    if walk.devices > 1:
+        mesh = jax.make_mesh((walk.devices,), ("batch",), devices=jax.local_devices())
+        each, all_ = PartitionSpec("batch"), PartitionSpec()
+        some = jax.shard_map(
+            some, mesh=mesh, in_specs=(all_, all_, each, each, each, all_),
+            out_specs=each if walk.per_sample else all_, check_vma=False,
+        )  # fmt: skip
+    return some(params, means, images, seeds, real, theta)
+
+
+def _walk_one(graph, walk, params, means, theta, sample, seed, real):
+    """CONTRIB of every synapse and neuron for one sample, int32."""
+    env = record(graph, params, sample)
+    if seed is None:
+        logits = env[graph.logits][0]
+        seed = jax.nn.one_hot(jnp.argmax(logits), logits.shape[0])
+    terms = deltas(graph, env, means) if means else activations(graph, env)
+    selection = Selection(walk.rule, theta if walk.filtered else None, walk.host)
+    start = {graph.logits: (seed * real)[None]}
+    total = backward(graph, walk.rules, terms, start, selection, WEIGHTS)
+    count = (lambda a: a > 0) if walk.rule == "largest" else (lambda a: a)
+    synapses = {
+        name: count(total[ident]).astype(jnp.int32)
+        for name, ident in graph.params.items() if ident in total
+    }  # fmt: skip
+    neurons = {}
+    for name, neuron in graph.neurons().items():
+        contrib = total.get(neuron.value)
+        if contrib is None:
+            contrib = jnp.zeros(graph.values[neuron.value].shape)
+        neurons[name] = unbatched(count(contrib)).astype(jnp.int32)
+    return synapses, neurons
