@@ -1,8 +1,10 @@
 """Which parts of a network matter, for these inputs: tracing, folds and slicing."""
 
+from nnslicer_jax import zoo
 from nnslicer_jax.cost import Estimate, estimate
 from nnslicer_jax.fold import evaluate
 from nnslicer_jax.graph import Graph, Neuron, UnsupportedError, trace
+from nnslicer_jax.masked import Masked, agreement, mask_network
 from nnslicer_jax.profile import Profile, profile
 from nnslicer_jax.slices import Slice, load_slice
 from nnslicer_jax.slicing import effective_path, slice_network
@@ -10,15 +12,19 @@ from nnslicer_jax.slicing import effective_path, slice_network
 __all__ = [
     "Estimate",
     "Graph",
+    "Masked",
     "Neuron",
     "Profile",
     "Slice",
     "UnsupportedError",
+    "agreement",
     "effective_path",
     "estimate",
     "evaluate",
     "load_slice",
+    "mask_network",
     "profile",
     "slice_network",
     "trace",
+    "zoo",
 ]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nnslicer_jax.fold import check_batch
 from nnslicer_jax.graph import Graph
@@ -16,11 +17,11 @@ class Batch(NamedTuple):
 
     Attributes:
       images: `[B, ...]`, filled up with copies of the last image.
-      count: How many of them are real.
+      real: How many of them count.
     """
 
     images: Any
-    count: int
+    real: int
 
 
 def batches(graph: Graph, images: Any, batch_size: int) -> Iterator[Batch]:
@@ -38,17 +39,26 @@ def batches(graph: Graph, images: Any, batch_size: int) -> Iterator[Batch]:
         none = False
         for start in range(0, len(part), size):
             piece = part[start : start + size]
-            count = len(piece)
-            if count < size:
-                fill = np.broadcast_to(np.asarray(piece[-1:]), (size - count, *piece.shape[1:]))
+            real = len(piece)
+            if real < size:
+                fill = np.broadcast_to(np.asarray(piece[-1:]), (size - real, *piece.shape[1:]))
                 piece = np.concatenate([np.asarray(piece), fill])
-            yield Batch(piece, count)
+            yield Batch(piece, real)
     if none:
         raise ValueError("images is empty; it must hold at least one image")
 
 
 def _parts(images: Any) -> Iterable[Any]:
     return [images] if hasattr(images, "shape") else images
+
+
+def across_devices(images: Any) -> jax.Array:
+    """A batch on the device, shared out among all local ones where its size allows."""
+    devices = jax.local_devices()
+    if len(images) % len(devices):
+        return jnp.asarray(images)
+    mesh = Mesh(np.asarray(devices), ("batch",))
+    return jax.device_put(images, NamedSharding(mesh, PartitionSpec("batch")))
 
 
 def check_images(graph: Graph, images: Any) -> None:

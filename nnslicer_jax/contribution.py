@@ -66,7 +66,7 @@ def deltas(graph: Graph, env: Env, means: Mapping[int, jax.Array]) -> list[Term 
             for ident in node.outputs:
                 neuron(ident)
         else:
-            terms = [found[i] for i in node.inputs]
+            terms = [found[i] or Term(env[i], None) for i in node.inputs]
             moved = movement.forward(node, [t.value for t in terms], [t.delta for t in terms])
             for ident, delta in zip(node.outputs, moved, strict=True):
                 found[ident] = Term(env[ident], delta)
@@ -134,9 +134,7 @@ def _back(outs: list[Term], back: list[Any]) -> jax.Array:
     return sign(back[0]) * sign(outs[0].delta)
 
 
-def product_rule(
-    node: Node, args: list[Term], back: jax.Array, selection: Selection
-) -> list[Any]:
+def product_rule(node: Node, args: list[Term], back: jax.Array, selection: Selection) -> list[Any]:
     """Any weighted sum: the change of one factor under the value of the other."""
     shapes = [a.value.shape for a in args]
     form = product(node, *shapes)
@@ -170,9 +168,7 @@ def _sum_of_two(node, args, outs, back, how):
     signs = (1.0, -1.0) if node.key == "sub" else (1.0, 1.0)
     if all(node.data):
         shape = outs[0].value.shape
-        terms = [
-            jnp.broadcast_to(s * a.delta, shape) for s, a in zip(signs, args, strict=True)
-        ]
+        terms = [jnp.broadcast_to(s * a.delta, shape) for s, a in zip(signs, args, strict=True)]
         edge = sum_edges(jnp.stack(terms, -1), _back(outs, back), how)
         found = [edge[..., 0], edge[..., 1]]
     elif node.data[1] and node.key == "sub":
@@ -269,7 +265,9 @@ def _product_of_two(node, args, outs, back, how):
 @RULES.register("div")
 def _quotient(node, args, outs, back, how):
     """Scale by 1/c; the trace has made a / b of two that read the sample a product."""
-    return movement.fitted([_back(outs, back) * sign(args[1].value) * sign(args[0].delta), None], args)
+    return movement.fitted(
+        [_back(outs, back) * sign(args[1].value) * sign(args[0].delta), None], args
+    )
 
 
 @RULES.register("neg")
@@ -297,10 +295,10 @@ def decision(node, args, outs, back, how):
 
 @RULES.register("select_n")
 def select(node, args, outs, back, how):
+    """To the operand that was selected; what selects gets nothing."""
     which = args[0].value.astype(jnp.int32)
     found = [None] + [
-        jnp.where(which == i, back[0], 0) if data else None
-        for i, data in enumerate(node.data[1:])
+        jnp.where(which == i, back[0], 0) if data else None for i, data in enumerate(node.data[1:])
     ]
     return movement.fitted(found, args)
 

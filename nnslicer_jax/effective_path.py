@@ -82,9 +82,7 @@ def _maximum(node, args, outs, back, how):
 def _maximum_of_two(node, args, outs, back, how):
     on = _on(back)
     where = contributing(node, args, outs[0].value)
-    return fitted(
-        [None if w is None else jnp.where(w, on, 0) for w in where], args
-    )
+    return fitted([None if w is None else jnp.where(w, on, 0) for w in where], args)
 
 
 @RULES.register("relu")
@@ -94,8 +92,14 @@ def _rectify(node, args, outs, back, how):
 
 @RULES.register(
     *(operations.UNARY - {"not"}), *(operations.NAMED_CALLS - {"relu"}), operations.CALL,
-    "atan2", "clamp", "nextafter", "pow", "rem", "mul", "div",
+    "atan2", "clamp", "nextafter", "pow", "rem",
 )  # fmt: skip
 def _elementwise(node, args, outs, back, how):
-    divisor = 1 if node.key == "div" else None
-    return fitted([None if i == divisor else _on(back) for i in range(len(args))], args)
+    return fitted([_on(back) for _ in args], args)
+
+
+@RULES.register("mul", "div")
+def _scale(node, args, outs, back, how):
+    # A weighted sum of one term.
+    on = jnp.where(outs[0].value != 0, _on(back), 0)
+    return fitted([on if i == 0 or node.key == "mul" else None for i in range(len(args))], args)

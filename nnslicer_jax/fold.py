@@ -216,7 +216,8 @@ def evaluate(
         return outs, {name: unbatched(env[n.value]) for name, n in neurons.items()}
 
     outs, activations = jax.vmap(one)(x)
-    return jax.tree.unflatten(graph.out_tree, outs), activations
+    # vmap returns a dictionary in the order of its keys; this is the order of execution.
+    return jax.tree.unflatten(graph.out_tree, outs), {name: activations[name] for name in neurons}
 
 
 def check_batch(graph: Graph, x: Any) -> None:

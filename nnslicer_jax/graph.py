@@ -54,6 +54,7 @@ class Value(NamedTuple):
 
     @property
     def is_float(self) -> bool:
+        """Whether it holds floating-point numbers."""
         return jnp.issubdtype(self.dtype, jnp.floating)
 
 
@@ -284,13 +285,14 @@ class _Tracer:
             return outs
         if name == "scan":
             return self.unroll(eqn, ins, where)
-        if name == "cond" and ins[0] in self.consts:
-            branch = eqn.params["branches"][int(self.consts[ins[0]])]
+        if name == "cond" and not (self.values[ins[0]].data or self.values[ins[0]].param):
+            branch = eqn.params["branches"][int(self.known(ins[0]))]
             return self.walk(*_open(branch), ins[1:], where)
         if name in ("while", "cond") and any(data):
+            by = "the sample" if name == "while" or data[0] else "a parameter"
             raise UnsupportedError(
-                f"{name} at {where or 'the top level'} depends on the sample: trace needs one "
-                "path for all inputs (scan, select and where are fine)"
+                f"{name} at {where or 'the top level'} depends on {by}: trace needs one path for "
+                "all inputs (scan, select and where are fine)"
             )
         if name == "div" and data[1] and self.values[ins[1]].is_float:
             # a / b is a product with 1/b, so that both factors are neurons.
@@ -311,6 +313,15 @@ class _Tracer:
                  tuple(outs), data, where)
         )  # fmt: skip
         return outs
+
+    def known(self, ident: int) -> Any:
+        """A value that depends neither on the sample nor on a parameter."""
+        if ident in self.consts:
+            return self.consts[ident]
+        maker = next(node for node in self.nodes if ident in node.outputs)
+        with jax.ensure_compile_time_eval():
+            outs = maker.bind(*[self.known(i) for i in maker.inputs])
+        return outs[maker.outputs.index(ident)]
 
     def is_whole(self, eqn: Any, ins: list[int]) -> bool:
         """Whether a call is an elementwise function of one sample-dependent array alone."""
@@ -419,8 +430,10 @@ def _before_softmax(nodes: Sequence[Node], out: int) -> int:
     def source(ident: int, *through: str) -> Node | None:
         node = maker.get(ident)
         while node is not None and node.key in (*operations.MOVEMENT, *through):
-            at = len(node.inputs) - len(node.outputs) if node.key == "custom_derivative" else 0
-            node = maker.get(node.inputs[at])
+            spliced = node.key == operations.CUSTOM_DERIVATIVE
+            first = len(node.inputs) - len(node.outputs) if spliced else 0
+            read = list(zip(node.inputs, node.data, strict=True))[first:]
+            node = maker.get(next((i for i, data in read if data), -1))
         return node
 
     product = source(out)
@@ -439,4 +452,3 @@ def _before_softmax(nodes: Sequence[Node], out: int) -> int:
     if peak is None or peak.key != "reduce_max":
         return out
     return shifted.inputs[0]
-

@@ -20,6 +20,10 @@ from nnslicer_jax.selection import Selection
 _TILE = 1 << 16
 # Signed edges are summed over a tile in int8.
 _MOST = 127
+# From so many terms on, a part of them is sorted rather than all.
+_MANY = 256
+# How far from theta, in share of the mass, a sample of a row is trusted to bracket tau.
+_BRACKET = 0.09
 
 
 def edges(
@@ -95,41 +99,51 @@ def _product(
     p, k = rows.shape
     o = columns.shape[1]
     weights = np.ascontiguousarray(columns.T)
-    signs = back.astype(np.int8)
+    # An edge's sign is the product of its factors' signs. "largest" counts every edge as +1.
+    signs = [np.sign(a).astype(np.int8) for a in (rows, weights, back)]
+    if rule == "largest":
+        signs = [np.abs(a) for a in signs]
+    sign_rows, sign_weights, sign_back = signs
     wide = max(1, min(o, _MOST, _TILE // k))
     tall = max(1, min(p, _MOST, _TILE // (k * wide)))
     for top in range(0, p, tall):
         for left in range(0, o, wide):
-            block = signs[top : top + tall, left : left + wide]
+            block = sign_back[top : top + tall, left : left + wide]
             at_row, at_column = np.nonzero(block)
             if not len(at_row):
                 continue
-            terms = rows[top + at_row] * weights[left + at_column]
-            stay = kept(terms, rule, theta)
-            edge = np.signbit(terms).view(np.int8)
-            np.multiply(edge, -2, out=edge)
-            edge += 1
-            edge *= stay.view(np.int8)
+            row, column = top + at_row, left + at_column
+            terms = rows[row]
+            terms *= weights[column]
+            edge = _stay(terms, rule, theta).view(np.int8)
+            edge *= sign_rows[row]
+            edge *= sign_weights[column]
             edge *= block[at_row, at_column][:, None]
-            tile = edge
             if len(at_row) < block.size:
                 tile = np.zeros((block.size, k), np.int8)
                 tile[at_row * block.shape[1] + at_column] = edge
-            tile = tile.reshape(*block.shape, k)
+                edge = tile
+            tile = edge.reshape(*block.shape, k)
             to_rows[top : top + tall] += tile.sum(1, dtype=np.int8)
             to_columns[left : left + wide] += tile.sum(0, dtype=np.int8)
 
 
 def kept(terms: np.ndarray, rule: str, theta: float) -> np.ndarray:
     """Which terms stay: `[R, K]` float32 to bool, one sum a row."""
+    return _stay(terms, rule, theta) & (terms != 0)
+
+
+def _stay(terms: np.ndarray, rule: str, theta: float) -> np.ndarray:
+    """`kept`, but for terms of 0."""
     keys = _keys(terms, rule)
-    tau = _tau(keys, rule, theta)
+    tau = _tau(keys, terms, rule, theta)
     if rule == "signed":
-        return ((keys >> 1) >= tau[:, None]) & (terms != 0)
-    return (keys >= tau[:, None]) & (terms != 0)
+        keys >>= 1
+    return keys >= tau[:, None]
 
 
 def _keys(terms: np.ndarray, rule: str) -> np.ndarray:
+    """What terms are ordered by, and can be read back from."""
     if rule == "signed":
         # Magnitude above, sign in the lowest bit: one key sorts by |t| and gives t back.
         bits = terms.view(np.uint32)
@@ -139,31 +153,115 @@ def _keys(terms: np.ndarray, rule: str) -> np.ndarray:
     return np.abs(terms) if rule == "mass" else terms
 
 
-def _tau(keys: np.ndarray, rule: str, theta: float) -> np.ndarray:
+def _tau(keys: np.ndarray, terms: np.ndarray, rule: str, theta: float) -> np.ndarray:
+    """The threshold of each row: a magnitude's bits under "signed", else a float."""
+    if keys.shape[1] < _MANY:
+        return _tau_of_all(keys, rule, theta)
+    # Sorting a part of the terms mostly finds tau; rows where it does not are sorted in full.
+    find = {"signed": _tau_from_top, "mass": _tau_in_bracket, "largest": _tau_from_top}[rule]
+    tau, found = find(keys, terms, theta)
+    again = np.flatnonzero(~found)
+    if len(again):
+        tau[again] = _tau_of_all(keys[again], rule, theta)
+    return tau
+
+
+def _tau_of_all(keys: np.ndarray, rule: str, theta: float) -> np.ndarray:
+    """The threshold, from all terms in order."""
     ordered = np.sort(keys, axis=-1)
-    if rule == "signed":
-        terms = ((ordered >> 1) | (ordered << 31)).view(np.float32)
-        ordered >>= 1
+    ordered, terms = _read(ordered, rule)
+    through = np.cumsum(terms, axis=-1, dtype=np.float64)
+    total = through[:, -1].copy()
+    through -= terms
+    tau, found = _last_fit(ordered, _fits(through, total, rule, theta))
+    none = ~found
+    if rule == "largest":
+        tau[none] = np.where(ordered[none] == 0, -np.inf, ordered[none]).max(-1)
     else:
-        terms = ordered
-    below = np.cumsum(terms, axis=-1, dtype=np.float64)
-    total = below[:, -1].copy()
-    below -= terms
+        tau[none] = 0
+    return tau
+
+
+def _tau_from_top(
+    keys: np.ndarray, terms: np.ndarray, theta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The threshold, where it lies among the largest quarter of the terms."""
+    rule = "signed" if keys.dtype == np.uint32 else "largest"
+    rank = keys.shape[1] - keys.shape[1] // 4
+    top = np.sort(np.partition(keys, rank, axis=-1)[:, rank:], axis=-1)
+    ordered, terms_of_top = _read(top, rule)
+    total = terms.sum(-1, dtype=np.float64)
+    through = np.cumsum(terms_of_top, axis=-1, dtype=np.float64)
+    through += (total - through[:, -1])[:, None]
+    through -= terms_of_top
+    fits = _fits(through, total, rule, theta)
+    # The first may have equals among the rest.
+    fits[:, 0] = False
+    return _last_fit(ordered, fits)
+
+
+def _tau_in_bracket(
+    keys: np.ndarray, terms: np.ndarray, theta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The threshold, where a sample of each row brackets it: mass only grows along the order."""
+    rows, count = keys.shape
+    wanted = theta * keys.sum(-1, dtype=np.float64)
+    sample = np.sort(keys[:, :: count // 128], axis=-1)
+    mass = np.cumsum(sample, axis=-1, dtype=np.float64)
+    low, high = (_at_share(sample, mass, theta + slack) for slack in (-_BRACKET, _BRACKET))
+    under = keys < low[:, None]
+    below = (keys * under).sum(-1, dtype=np.float64)
+    inside = keys < high[:, None]
+    beyond = np.count_nonzero(inside, axis=1) < count
+    inside &= ~under
+    held = np.count_nonzero(inside, axis=1)
+    wide = max(int(held.max()), 1)
+    start = np.arange(rows) * wide - (np.cumsum(held) - held)
+    at = np.flatnonzero(inside)
+    ordered = np.full(rows * wide, np.inf, np.float32)
+    ordered[np.arange(len(at)) + np.repeat(start, held)] = keys.reshape(-1)[at]
+    ordered = np.sort(ordered.reshape(rows, wide), axis=-1)
+    part = np.where(np.isinf(ordered), 0, ordered)
+    through = np.cumsum(part, axis=-1, dtype=np.float64)
+    through += below[:, None]
+    after = through[:, -1].copy()
+    through -= part
+    fits = through < wanted[:, None]
+    fits[np.isinf(ordered)] = False
+    tau, found = _last_fit(ordered, fits)
+    return tau, found & ((after >= wanted) | ~beyond)
+
+
+def _at_share(sample: np.ndarray, mass: np.ndarray, share: float) -> np.ndarray:
+    """The sample's element before which `share` of its mass lies; infinity past its end."""
+    rank = np.count_nonzero(mass < share * mass[:, -1:], axis=1)
+    ends = np.minimum(rank, sample.shape[1] - 1)
+    found = sample[np.arange(len(sample)), ends]
+    return np.where(rank < sample.shape[1], found, np.inf).astype(np.float32)
+
+
+def _read(ordered: np.ndarray, rule: str) -> tuple[np.ndarray, np.ndarray]:
+    """What sorted keys are ordered by, and their terms."""
+    if rule != "signed":
+        return ordered, ordered
+    return ordered >> 1, ((ordered >> 1) | (ordered << 31)).view(np.float32)
+
+
+def _fits(below: np.ndarray, total: np.ndarray, rule: str, theta: float) -> np.ndarray:
+    """Where a rule's condition holds, `below` being the sum of the terms before each."""
     if rule == "largest":
         fits = total[:, None] - below >= (theta * total)[:, None]
         fits &= total[:, None] > 0
-    else:
-        np.abs(below, out=below)
-        fits = below < (theta * np.abs(total))[:, None]
+        return fits
+    return np.abs(below, out=below) < (theta * np.abs(total))[:, None]
+
+
+def _last_fit(ordered: np.ndarray, fits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The last of each sorted row that fits, and whether any does.
+
+    Equal ones go together: only the first of them counts.
+    """
     fits[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    last = keys.shape[1] - 1 - np.argmax(fits[:, ::-1], axis=-1)
-    row = np.arange(len(keys))
-    tau = ordered[row, last]
-    none = ~fits[row, last]
-    if rule == "largest":
-        tau[none] = ordered[none, -1]
-    elif rule == "signed":
-        tau[none] = 0
-    else:
-        tau[none] = -1
-    return tau
+    last = ordered.shape[1] - 1 - np.argmax(fits[:, ::-1], axis=-1)
+    row = np.arange(len(ordered))
+    return ordered[row, last], fits[row, last]

@@ -91,4 +91,3 @@ def _conv(node: Node, kernel: Shape) -> tuple[Move, Move, Move]:
 
 def _count(shape: Shape, axes: Sequence[int]) -> int:
     return math.prod(shape[axis] for axis in axes)
-

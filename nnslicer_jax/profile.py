@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnslicer_jax.batches import batches, check_params
+from nnslicer_jax.batches import across_devices, batches, check_params
 from nnslicer_jax.fold import leaves, record, unbatched
 from nnslicer_jax.graph import Graph, Neuron
 
@@ -61,41 +61,47 @@ def profile(
         raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, not {baseline!r}")
     leaves(graph, params)
     check_params(params)
-    means: dict[str, np.ndarray] = {}
+    sums: dict[str, Any] = {}
     total, low, high = 0, np.inf, -np.inf
     for batch in batches(graph, images, batch_size):
         weight = np.zeros(len(batch.images), np.float32)
-        weight[: batch.count] = 1 / batch.count
-        part, ends = _means(graph, baseline, params, jnp.asarray(batch.images), weight)
-        total += batch.count
-        for name, mean in part.items():
-            mean = np.asarray(mean, np.float64)
-            before = means.get(name, np.float64(0))
-            means[name] = before + (mean - before) * (batch.count / total)
+        weight[: batch.real] = 1
+        images = across_devices(batch.images)
+        # The same precision as slicing, whose deltas are differences from these means.
+        with jax.default_matmul_precision("highest"):
+            part, ends = _totals(graph, baseline, params, images, weight)
+        total += batch.real
+        for name, (first, change) in part.items():
+            added = batch.real * np.asarray(first, np.float64) + np.asarray(change)
+            sums[name] = sums.get(name, 0) + added
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
+    means = {name: (found / total).astype(np.float32) for name, found in sums.items()}
     for name, mean in means.items():
         if not np.isfinite(mean).all():
             raise ValueError(f"activations of {name} are not finite; the model or its input is off")
-    rounded = {name: mean.astype(np.float32) for name, mean in means.items()}
-    return Profile(rounded, baseline, total, low, high)
+    return Profile(means, baseline, total, low, high)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _means(graph: Graph, baseline: str, params: Any, images: jax.Array, weight: jax.Array) -> Any:
+def _totals(graph: Graph, baseline: str, params: Any, images: jax.Array, weight: jax.Array) -> Any:
+    neurons = graph.neurons()
+
     def one(sample: jax.Array) -> dict[str, jax.Array]:
         env = record(graph, params, sample)
-        found = {}
-        for name, neuron in graph.neurons().items():
-            activation = unbatched(env[neuron.value]).astype(jnp.float32)
-            if baseline == "channel":
-                activation = activation.mean(positions(neuron))
-            found[name] = activation
-        return found
+        return {name: unbatched(env[n.value]).astype(jnp.float32) for name, n in neurons.items()}
 
-    # The weights are 0 for the padding of a last batch.
-    part = jax.vmap(one)(images)
-    means = {name: jnp.tensordot(weight, a, 1) for name, a in part.items()}
-    return means, (images.min(), images.max())
+    def total(name: str, activations: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Deviations from a first activation are summed: that is exact for a neuron that never
+        # changes, and an offset costs no precision. The weights are 0 for a batch's padding.
+        axes = tuple(a + 1 for a in positions(neurons[name])) if baseline == "channel" else ()
+        first = activations[:1]
+        for axis in axes:
+            first = jax.lax.slice_in_dim(first, 0, 1, axis=axis)
+        change = jnp.tensordot(weight, (activations - first).mean(axes), 1)
+        return first.reshape(change.shape), change
+
+    found = jax.vmap(one)(images)
+    return {name: total(name, a) for name, a in found.items()}, (images.min(), images.max())
 
 
 def positions(neuron: Neuron) -> tuple[int, ...]:

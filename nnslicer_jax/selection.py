@@ -73,7 +73,8 @@ def _satisfied(below: jax.Array, total: jax.Array, selection: Selection) -> jax.
 def _largest(order: jax.Array, fits: jax.Array, total: jax.Array, rule: str) -> jax.Array:
     tau = jnp.where(fits, order, -jnp.inf).max(-1, keepdims=True)
     if rule == "largest":
-        return jnp.where(total > 0, tau, order.max(-1, keepdims=True))
+        alone = jnp.where(order == 0, -jnp.inf, order).max(-1, keepdims=True)
+        return jnp.where(total > 0, tau, alone)
     return tau
 
 

@@ -5,8 +5,6 @@ Slices of one network combine, compare, shrink to a wanted size, and are kept as
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from nnslicer_jax.atomic import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,16 +205,8 @@ def write_tensors(
     path: str | Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file that appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
+    with replacing(path) as part:
         save_file(dict(arrays), part, dict(about))
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], Any]:

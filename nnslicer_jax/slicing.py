@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from nnslicer_jax import contribution
-from nnslicer_jax.batches import batches, check_images, check_params
+from nnslicer_jax.batches import batches, check_params
 from nnslicer_jax.contribution import WEIGHTS, deltas
 from nnslicer_jax.cost import estimate
 from nnslicer_jax.effective_path import RULES as PATH_RULES
@@ -201,12 +201,12 @@ def _run(job: _Job, images, outputs, about, progress, checkpoint) -> Slice:
     saved = time.monotonic()
     seen = 0
     for batch in batches(job.graph, images, job.batch_size):
-        start, seen = seen, seen + batch.count
+        start, seen = seen, seen + batch.real
         if seen <= done:
             continue
         _check_span(batch.images, job.span)
         chosen = None if outputs is None else outputs[start:seen]
-        piece = _walk_some(job, batch.images, batch.count, chosen)
+        piece = _walk_some(job, batch.images, batch.real, chosen)
         if job.walk.per_sample or not made:
             made.append(piece)
         else:
@@ -227,6 +227,7 @@ def _run(job: _Job, images, outputs, about, progress, checkpoint) -> Slice:
 
 def _joined(pieces: list[Slice]) -> Slice:
     """Per-sample slices one after another."""
+
     def join(kind: str) -> dict[str, np.ndarray]:
         parts = [getattr(p, kind) for p in pieces]
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
@@ -254,7 +255,9 @@ def _criterion(graph: Graph, outputs: Any, total: int | None) -> np.ndarray | No
             f"given {outputs.min()}..{outputs.max()}"
         )
     if total is not None and len(outputs) != total:
-        raise ValueError(f"outputs must have one row for each of {total} images, not {len(outputs)}")
+        raise ValueError(
+            f"outputs must have one row for each of {total} images, not {len(outputs)}"
+        )
     return outputs.reshape(len(outputs), -1)
 
 
@@ -297,7 +300,9 @@ def _walk_some(job: _Job, images: Any, count: int, outputs: np.ndarray | None) -
 
     def host(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         found = {k: np.asarray(v) for k, v in arrays.items()}
-        return {k: v[:count] for k, v in found.items()} if walk.per_sample else found
+        if walk.per_sample:
+            return {k: v[:count] for k, v in found.items()}
+        return {k: v.sum(0, dtype=v.dtype) for k, v in found.items()}
 
     axes = {name: neuron.channel for name, neuron in graph.neurons().items()}
     return Slice(host(synapses), host(neurons), axes, count, walk.per_sample)
@@ -310,15 +315,16 @@ def _walk_batch(graph, walk, params, means, images, seeds, real, theta):
         found = jax.vmap(one)(images, seeds, real)
         if walk.per_sample:
             return found
-        found = jax.tree.map(lambda a: a.sum(0), found)
-        return jax.lax.psum(found, "batch") if walk.devices > 1 else found
+        # One sum for each device, added up on the host: a collective would wait in the threads
+        # that the other devices' callbacks need.
+        return jax.tree.map(lambda a: a.sum(0, keepdims=True), found)
 
     if walk.devices > 1:
-        mesh = jax.make_mesh((walk.devices,), ("batch",), devices=jax.local_devices())
+        mesh = Mesh(np.asarray(jax.local_devices()), ("batch",))
         each, all_ = PartitionSpec("batch"), PartitionSpec()
         some = jax.shard_map(
             some, mesh=mesh, in_specs=(all_, all_, each, each, each, all_),
-            out_specs=each if walk.per_sample else all_, check_vma=False,
+            out_specs=each, check_vma=False,
         )  # fmt: skip
     return some(params, means, images, seeds, real, theta)
 
