@@ -1,0 +1,150 @@
+"""A slice turned back into a network that runs, and how well it agrees with the original.
+
+Zhang et al., ESEC/FSE 2020, define a slice as a network of its own; nothing is retrained. What
+is left out of a slice is either removed (0) or held at its profiled mean, which is what a delta
+of 0 says about it.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnslicer_jax import movement
+from nnslicer_jax.batches import across_devices, batches
+from nnslicer_jax.fold import evaluate, leaves, record, unbatched
+from nnslicer_jax.graph import Graph
+from nnslicer_jax.profile import Profile, means_by_value
+from nnslicer_jax.slices import Slice
+
+FILLS = ("mean", "zero")
+
+
+class Masked(NamedTuple):
+    """A network reduced to a slice; a pytree of arrays.
+
+    Attributes:
+      params: Parameters, 0 where a synapse is not in the slice.
+      scale: Neuron name to 1 where it is in the slice and 0 where not, broadcastable to its
+        activation.
+      shift: Neuron name to what is added then: the mean of what was left out, or 0.
+    """
+
+    params: Any
+    scale: Mapping[str, jax.Array]
+    shift: Mapping[str, jax.Array]
+
+    @property
+    def edits(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
+        """Edits under which `evaluate` runs the reduced network."""
+        return {name: functools.partial(self._edit, name) for name in self.scale}
+
+    def _edit(self, name: str, activation: jax.Array) -> jax.Array:
+        return activation * self.scale[name] + self.shift[name]
+
+
+def mask_network(
+    graph: Graph, params: Any, piece: Slice, fill: str = "mean", profile: Profile | None = None
+) -> Masked:
+    """Reduces a network to a slice.
+
+    A hidden neuron is out when none of its activations is in the slice; it stands still then.
+    The input and the logits stay.
+
+    Args:
+      graph: The traced model.
+      params: Its parameters.
+      piece: One slice (not per sample).
+      fill: "mean": what is left out is held at its mean, so that each weighted sum keeps the
+        mean of the terms it loses; "zero": it is removed.
+      profile: The means, needed for "mean".
+
+    Raises:
+      ValueError: For an unknown fill, a missing profile, a per-sample slice, or a slice of
+        another network.
+    """
+    if fill not in FILLS:
+        raise ValueError(f"fill must be one of {', '.join(FILLS)}, not {fill!r}")
+    if piece.per_sample:
+        raise ValueError("mask_network needs one slice; take sample(i) or total() first")
+    if fill == "mean" and profile is None:
+        raise ValueError("fill='mean' needs the profile")
+    found = leaves(graph, params)
+    for name, contrib in piece.synapses.items():
+        if name not in graph.params or graph.values[graph.params[name]].shape != contrib.shape:
+            raise ValueError(f"the slice is of another network: it holds synapses {name}")
+    kept = [
+        jnp.where(piece.synapses[name] != 0, leaf, 0) if name in piece.synapses else leaf
+        for name, leaf in zip(graph.params, found, strict=True)
+    ]
+    masked = jax.tree.unflatten(jax.tree.structure(params), kept)
+    lost = _lost(graph, params, masked, profile) if fill == "mean" and profile else {}
+    scale, shift = {}, {}
+    for name, neuron in graph.neurons().items():
+        if name == "input" or neuron.value > graph.logits:
+            continue
+        positions = tuple(a for a in range(len(neuron.shape)) if a != neuron.channel)
+        on = (piece.neurons[name] != 0).any(positions, keepdims=True).astype(np.float32)
+        if neuron.value == graph.logits:
+            on = np.ones_like(on)
+        mean: Any = np.float32(0)
+        if profile is not None and fill == "mean":
+            mean = profile.means[name]
+            mean = mean.reshape(on.shape) if profile.baseline == "channel" else mean
+        scale[name] = jnp.asarray(on)
+        shift[name] = on * lost.get(neuron.value, 0) + (1 - on) * mean
+    return Masked(masked, scale, shift)
+
+
+def _lost(graph: Graph, params: Any, masked: Any, profile: Profile) -> dict[int, Any]:
+    """Value id of each weighted sum to the mean of the terms it lost, of one sample's shape."""
+    means: dict[int, Any] = dict(means_by_value(graph, profile))
+    sample = jnp.zeros(graph.values[graph.input].shape[1:], graph.values[graph.input].dtype)
+    whole: list[Any] = record(graph, params, sample)
+    part: list[Any] = record(graph, masked, sample)
+    for ident, mean in means.items():
+        means[ident] = jnp.broadcast_to(mean, graph.values[ident].shape)
+    found: dict[int, Any] = {}
+    for node in graph.nodes:
+        if not any(node.data):
+            continue
+        if not graph.computes(node):
+            moved = [means.get(i, whole[i]) for i in node.inputs]
+            values = [whole[i] for i in node.inputs]
+            means.update(zip(node.outputs, movement.forward(node, values, moved), strict=True))
+        elif node.key in ("dot_general", "conv_general_dilated", "mul"):
+            with_all, with_some = (
+                node.bind(*[means.get(i, env[i]) for i in node.inputs])[0] for env in (whole, part)
+            )
+            found[node.outputs[0]] = unbatched(with_all - with_some)
+    return found
+
+
+def agreement(
+    graph: Graph, params: Any, masked: Masked, images: Any, batch_size: int = 256
+) -> float:
+    """Share of images, 0..1, whose top-1 class the reduced network shares with the original.
+
+    Args:
+      graph: The traced model.
+      params: Its parameters.
+      masked: The reduced network.
+      images: `[N, ...]`, or an iterable of batches.
+      batch_size: Images run at once.
+    """
+    same = total = 0
+    for batch in batches(graph, images, batch_size):
+        equal = np.asarray(_equal(graph, params, masked, across_devices(batch.images)))
+        same += int(equal[: batch.real].sum())
+        total += batch.real
+    return same / total
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _equal(graph: Graph, params: Any, masked: Masked, images: jax.Array) -> jax.Array:
+    original = evaluate(graph, params, images)[0]
+    reduced = evaluate(graph, masked.params, images, masked.edits)[0]
+    return jnp.argmax(original, -1) == jnp.argmax(reduced, -1)
