@@ -4,6 +4,7 @@
 ``flax.linen.Conv(conv_general_dilated=...)``.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,12 +62,10 @@ def patches(
     spread = tuple(lhs_dilation or (1, 1))
     step = tuple(rhs_dilation or (1, 1))
     reach = [(k - 1) * d + 1 for k, d in zip(window, step, strict=True)]
-    pads = _explicit(padding, x.shape[1:3], reach, strides, spread)
-    (top, bottom), (left, right) = pads
-    rows, columns = (
-        (top, bottom, spread[0] - 1),
-        (left, right, spread[1] - 1),
-    )
+    if isinstance(padding, str):
+        spread_shape = [(n - 1) * d + 1 for n, d in zip(x.shape[1:3], spread, strict=True)]
+        padding = lax.padtype_to_pads(spread_shape, reach, strides, padding)
+    rows, columns = ((*pad, d - 1) for pad, d in zip(padding, spread, strict=True))
     if any(rows) or any(columns):
         x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), rows, columns, (0, 0, 0)))
     height, width = (
@@ -105,45 +104,10 @@ def convolve(
 
     The choice depends on shapes alone, so a model traces to the same operations on every device.
     """
-    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    if (
-        (layout.lhs_spec, layout.rhs_spec, layout.out_spec) == (_NHWC, _HWIO, _NHWC)
-        and feature_group_count == batch_group_count == 1
-        and out_sharding is None
-        and rhs.shape[2] >= _MANY_CHANNELS
-        and rhs.shape[0] * rhs.shape[1] > 1
-    ):
-        reach = [
-            (k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation or (1, 1), strict=True)
-        ]
-        spread = tuple(lhs_dilation or (1, 1))
-        pads = _explicit(padding, lhs.shape[1:3], reach, window_strides, spread)
-        positions = 1
-        for size, d, (low, high), extent, stride in zip(
-            lhs.shape[1:3], spread, pads, reach, window_strides, strict=True
-        ):
-            positions *= max(0, (low + (size - 1) * d + 1 + high - extent) // stride + 1)
-        if 0 < positions <= _FEW_POSITIONS:
-            columns = patches(
-                lhs,
-                (rhs.shape[0], rhs.shape[1]),
-                (window_strides[0], window_strides[1]),
-                pads,
-                lhs_dilation=lhs_dilation,
-                rhs_dilation=rhs_dilation,
-            )
-            return lax.dot_general(
-                columns,
-                rhs.reshape(-1, rhs.shape[3]),
-                (((3,), (0,)), ((), ())),
-                precision=precision,
-                preferred_element_type=preferred_element_type,
-            )
-    return lax.conv_general_dilated(
-        lhs,
-        rhs,
-        window_strides,
-        padding,
+    convolution = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         dimension_numbers=dimension_numbers,
@@ -153,16 +117,30 @@ def convolve(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
-
-
-def _explicit(
-    padding: Padding,
-    shape: Sequence[int],
-    reach: Sequence[int],
-    strides: Sequence[int],
-    spread: Sequence[int],
-) -> Sequence[tuple[int, int]]:
-    if not isinstance(padding, str):
-        return padding
-    spread_shape = [(size - 1) * d + 1 for size, d in zip(shape, spread, strict=True)]
-    return lax.padtype_to_pads(spread_shape, reach, strides, padding)
+    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    if (
+        (layout.lhs_spec, layout.rhs_spec, layout.out_spec) != (_NHWC, _HWIO, _NHWC)
+        or not feature_group_count == batch_group_count == 1
+        or out_sharding is not None
+        or rhs.shape[2] < _MANY_CHANNELS
+        or rhs.shape[:2] == (1, 1)
+    ):
+        return convolution(lhs, rhs)
+    height, width = jax.eval_shape(convolution, lhs, rhs).shape[1:3]
+    if not 0 < height * width <= _FEW_POSITIONS:
+        return convolution(lhs, rhs)
+    columns = patches(
+        lhs,
+        (rhs.shape[0], rhs.shape[1]),
+        (window_strides[0], window_strides[1]),
+        padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+    )
+    return lax.dot_general(
+        columns,
+        rhs.reshape(-1, rhs.shape[3]),
+        (((3,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )

@@ -1,0 +1,30 @@
+"""PlainNet-20: ResNet-20 without its shortcuts.
+
+He, Zhang, Ren, Sun, "Deep residual learning for image recognition", 2016, Section 4.2.
+"""
+
+import flax.linen as nn
+import jax
+
+from nnslicer_jax.models.residual import BasicBlock, convolution
+
+
+class PlainNet20(nn.Module):
+    """Images [B, H, W, 3] float32 in [0, 1], 32x32 as published -> logits [B, num_classes]."""
+
+    num_classes: int = 10
+    mean: float = 0.5
+    std: float = 0.5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Applies the network; in training it updates "batch_stats"."""
+        x = (x - self.mean) / self.std
+        x = convolution(16, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        for stage, features in enumerate((16, 32, 64)):
+            for block in range(3):
+                strides = 2 if stage > 0 and block == 0 else 1
+                x = BasicBlock(features, strides, "none")(x, train=train)
+        x = x.mean((1, 2))
+        return nn.Dense(self.num_classes)(x)

@@ -1,0 +1,54 @@
+"""The basic residual block of He, Zhang, Ren, Sun, "Deep residual learning", 2016, Section 3."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nnslicer_jax.convolution import convolve
+
+SHORTCUTS = ("projection", "pad", "none")
+
+convolution = functools.partial(
+    nn.Conv,
+    use_bias=False,
+    kernel_init=nn.initializers.he_normal(),
+    conv_general_dilated=convolve,
+)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm: [B, H, W, C] to [B, H / s, W / s, features].
+
+    Attributes:
+        features: output channels.
+        strides: s, the step of the first convolution.
+        shortcut: where the shape changes, "projection" is a 1x1 convolution with batch norm (He et
+            al.'s option B) and "pad" a subsampling with zero channels behind it (option A);
+            "none" leaves the shortcut out everywhere.
+    """
+
+    features: int
+    strides: int = 1
+    shortcut: str = "projection"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Applies the block; in training it updates "batch_stats"."""
+        if self.shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut: {self.shortcut!r} is not one of {', '.join(SHORTCUTS)}")
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        strides = (self.strides, self.strides)
+        y = convolution(self.features, (3, 3), strides)(x)
+        y = nn.relu(norm()(y))
+        y = convolution(self.features, (3, 3))(y)
+        y = norm()(y)
+        if self.shortcut == "none":
+            return nn.relu(y)
+        if x.shape != y.shape and self.shortcut == "projection":
+            x = norm()(convolution(self.features, (1, 1), strides)(x))
+        elif x.shape != y.shape:
+            x = x[:, :: self.strides, :: self.strides]
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.features - x.shape[3])))
+        return nn.relu(y + x)
