@@ -175,7 +175,8 @@ def _job(graph, params, rules, rule, theta, per_sample, batch_size, select) -> _
     host = select == "host" or (select == "auto" and jax.default_backend() == "cpu")
     if batch_size is None:
         batch_size = estimate(graph, theta if filtered else 0.0, rule).batch_size
-    count = jax.local_device_count()
+    # Callbacks of several CPU devices would wait for each other's threads, and one uses all cores.
+    count = 1 if host and filtered else jax.local_device_count()
     if batch_size % count:
         count = 1
     walk = Walk(rules, rule, filtered, host, per_sample, count)
@@ -300,10 +301,12 @@ def _walk_some(job: _Job, images: Any, count: int, outputs: np.ndarray | None) -
 
     def host(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         found = {k: np.asarray(v) for k, v in arrays.items()}
-        if walk.per_sample:
-            return {k: v[:count] for k, v in found.items()}
-        return {k: v.sum(0, dtype=v.dtype) for k, v in found.items()}
+        return {k: v[:count] for k, v in found.items()} if walk.per_sample else found
 
+    # A jitted function returns dictionaries in the order of their keys; these are in that of
+    # the network.
+    synapses = {name: synapses[name] for name in graph.params if name in synapses}
+    neurons = {name: neurons[name] for name in graph.neurons()}
     axes = {name: neuron.channel for name, neuron in graph.neurons().items()}
     return Slice(host(synapses), host(neurons), axes, count, walk.per_sample)
 
@@ -315,16 +318,15 @@ def _walk_batch(graph, walk, params, means, images, seeds, real, theta):
         found = jax.vmap(one)(images, seeds, real)
         if walk.per_sample:
             return found
-        # One sum for each device, added up on the host: a collective would wait in the threads
-        # that the other devices' callbacks need.
-        return jax.tree.map(lambda a: a.sum(0, keepdims=True), found)
+        found = jax.tree.map(lambda a: a.sum(0), found)
+        return jax.lax.psum(found, "batch") if walk.devices > 1 else found
 
     if walk.devices > 1:
         mesh = Mesh(np.asarray(jax.local_devices()), ("batch",))
         each, all_ = PartitionSpec("batch"), PartitionSpec()
         some = jax.shard_map(
             some, mesh=mesh, in_specs=(all_, all_, each, each, each, all_),
-            out_specs=each, check_vma=False,
+            out_specs=each if walk.per_sample else all_, check_vma=False,
         )  # fmt: skip
     return some(params, means, images, seeds, real, theta)
 

@@ -17,6 +17,8 @@ import optax
 
 from nnslicer_jax import checkpoint
 from nnslicer_jax.data import Dataset
+from nnslicer_jax.fold import evaluate
+from nnslicer_jax.graph import trace
 from nnslicer_jax.progress import Progress
 
 _SCHEDULES = ("one_cycle", "cosine")
@@ -300,9 +302,11 @@ def count_correct(
         )
     batch_size = min(batch_size, len(images))
 
+    graph = trace(model.apply, variables, np.zeros((1, *images.shape[1:]), np.float32))
+
     @jax.jit
     def predict(variables: Any, batch: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, batch.astype(jnp.float32) / 255)
+        logits, _ = evaluate(graph, variables, batch.astype(jnp.float32) / 255)
         return logits.argmax(1)
 
     correct = 0

@@ -547,12 +547,12 @@ def _dense_general() -> Case:
 
 def _scaled_by_parameter() -> Case:
     def apply(p, x):
-        return (p["scale"][None] * (x @ p["first"]) * -2.0 / 4.0) @ p["second"]
+        return (p["scale"][None] * (x @ p["first"]) * -2.0 / -4.0) @ p["second"]
 
     def describe(n):
         x = n.contract(n.input, "first")
         x = n.scale(x, n.parameters["scale"], "scale")
-        n.contract(n.scale(n.scale(x, -2.0), 1 / 4, label="div"), "second")
+        n.contract(n.scale(n.scale(x, -2.0), -1 / 4, label="div"), "second")
 
     return plain_case(apply, {"scale": (6,), "first": (4, 6), "second": (6, 3)}, describe, (4,))
 

@@ -10,12 +10,28 @@ from nnslicer_jax.convolution import convolve
 
 SHORTCUTS = ("projection", "pad", "none")
 
-convolution = functools.partial(
-    nn.Conv,
-    use_bias=False,
-    kernel_init=nn.initializers.he_normal(),
-    conv_general_dilated=convolve,
-)
+
+def convolution(
+    features: int,
+    window: tuple[int, int],
+    strides: tuple[int, int] = (1, 1),
+    *,
+    train: bool,
+    use_bias: bool = False,
+) -> nn.Conv:
+    """A 2-D convolution with "SAME" padding and He initialisation.
+
+    In training it takes the faster of two forms (``convolve``); otherwise it stays a convolution,
+    so that a traced network shows one, and ``evaluate`` chooses the form.
+    """
+    return nn.Conv(
+        features,
+        window,
+        strides,
+        use_bias=use_bias,
+        kernel_init=nn.initializers.he_normal(),
+        conv_general_dilated=convolve if train else None,
+    )
 
 
 class BasicBlock(nn.Module):
@@ -40,14 +56,14 @@ class BasicBlock(nn.Module):
             raise ValueError(f"shortcut: {self.shortcut!r} is not one of {', '.join(SHORTCUTS)}")
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         strides = (self.strides, self.strides)
-        y = convolution(self.features, (3, 3), strides)(x)
+        y = convolution(self.features, (3, 3), strides, train=train)(x)
         y = nn.relu(norm()(y))
-        y = convolution(self.features, (3, 3))(y)
+        y = convolution(self.features, (3, 3), train=train)(y)
         y = norm()(y)
         if self.shortcut == "none":
             return nn.relu(y)
         if x.shape != y.shape and self.shortcut == "projection":
-            x = norm()(convolution(self.features, (1, 1), strides)(x))
+            x = norm()(convolution(self.features, (1, 1), strides, train=train)(x))
         elif x.shape != y.shape:
             x = x[:, :: self.strides, :: self.strides]
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.features - x.shape[3])))

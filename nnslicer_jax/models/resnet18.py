@@ -20,7 +20,7 @@ class ResNet18(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Applies the network; in training it updates "batch_stats"."""
         x = (x - self.mean) / self.std
-        x = convolution(64, (3, 3))(x)
+        x = convolution(64, (3, 3), train=train)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         for stage, features in enumerate((64, 128, 256, 512)):
             for block in range(2):

@@ -34,7 +34,7 @@ class VGG16(nn.Module):
             if stage > 0:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for features in widths:
-                x = convolution(features, (3, 3), use_bias=True)(x)
+                x = convolution(features, (3, 3), train=train, use_bias=True)(x)
                 x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         cell = (x.shape[1] // 2, x.shape[2] // 2)
         if cell != (1, 1):
