@@ -1,0 +1,191 @@
+"""Which terms of a sum stay, against the definition tried out on every candidate."""
+
+import functools
+from collections.abc import Sequence
+from fractions import Fraction
+
+import hypothesis as hp
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+
+import nnslicer_jax as nns
+from nnslicer_jax import host_selection, selection
+from nnslicer_jax.selection import Selection
+from tests import nets, zoo
+
+SETTINGS = hp.settings(max_examples=20, deadline=None, derandomize=True)
+RULES = ["signed", "mass", "largest"]
+COUNTS = [1, 2, 3, 9, 16, 17, 18, 33, 64, 129, 300]
+THETAS = st.integers(1, 64).map(lambda n: n / 64)
+
+
+def definition(terms: Sequence[int], rule: str, theta: Fraction) -> list[bool]:
+    """Tries every term as tau, from the largest down; the first that satisfies wins."""
+    if rule == "largest":
+        total = sum(terms)
+        for tau in sorted(set(terms), reverse=True):
+            if total <= 0 or sum(t for t in terms if t >= tau) >= theta * total:
+                return [t >= tau and t != 0 for t in terms]
+    summand = abs if rule == "mass" else int
+    total = abs(sum(summand(t) for t in terms))
+    for tau in sorted({abs(t) for t in terms}, reverse=True):
+        if abs(sum(summand(t) for t in terms if abs(t) < tau)) < theta * total:
+            return [abs(t) >= tau and t != 0 for t in terms]
+    return [t != 0 for t in terms]
+
+
+@functools.cache
+def _compiled(rule: str, few: int):
+    return jax.jit(lambda terms, theta: selection.kept(terms, Selection(rule, theta)))
+
+
+def on_device(terms: np.ndarray, rule: str, theta: float) -> np.ndarray:
+    return np.asarray(_compiled(rule, selection._FEW)(terms, np.float32(theta)))
+
+
+def on_host(terms: np.ndarray, rule: str, theta: float) -> np.ndarray:
+    return host_selection.kept(terms, rule, theta)
+
+
+def whole_rows(seed: int, count: int, most: int) -> np.ndarray:
+    """Rows of integers up to `most`: mixed, of one sign, few but zeros, zeros alone."""
+    rng = np.random.default_rng([seed, count, most])
+    rows = rng.integers(-most, most + 1, (8, count))
+    rows[1] = abs(rows[1])
+    rows[2] = -abs(rows[2])
+    rows[3] *= rng.integers(0, 10, count) == 0
+    rows[4] = 0
+    rows[5] = most * rng.choice([-1, 1], count)
+    rows[6, : count // 2] = -rows[6, count // 2 : count // 2 * 2]
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("where", [on_device, on_host])
+@pytest.mark.parametrize("rule", RULES)
+def test_whole_terms_stay_by_definition(rule, where, count):
+    @hp.given(st.integers(0, 2**31 - 1), st.sampled_from([1, 3, 20]), THETAS)
+    @SETTINGS
+    def check(seed, most, theta):
+        terms = whole_rows(seed, count, most)
+        found = where(terms, rule, theta)
+        assert found.dtype == bool and found.shape == terms.shape
+        for row, stay in zip(terms, found, strict=True):
+            whole = [int(t) for t in row]
+            assert stay.tolist() == definition(whole, rule, Fraction(theta)), whole
+
+    check()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_terms_of_many_sizes_stay_by_definition(rule):
+    rng = np.random.default_rng(0)
+    terms = (rng.integers(-999, 1000, (4, 300)) * 2.0 ** rng.integers(0, 4, (4, 300))).astype("f")
+    for theta in (0.125, 0.5, 0.875):
+        expected = [definition([int(t) for t in row], rule, Fraction(theta)) for row in terms]
+        for where in (on_device, on_host):
+            assert where(terms, rule, theta).tolist() == expected
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_comparing_pairs_equals_sorting(rule, monkeypatch):
+    for count in (1, 5, 16, 17, 60):
+        terms = whole_rows(count, count, 4)
+        for theta in (0.25, 1.0):
+            found = []
+            for few in (0, 1000):
+                monkeypatch.setattr(selection, "_FEW", few)
+                found.append(on_device(terms, rule, theta))
+            np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_theta_keeps_what_is_not_zero(rule):
+    terms = whole_rows(0, 20, 3)
+    stay = selection.kept(terms, Selection(rule, None))
+    np.testing.assert_array_equal(stay, terms != 0)
+
+
+@pytest.mark.parametrize("rule", ["signed", "mass"])
+def test_theta_0_keeps_what_is_not_zero(rule):
+    for count in (5, 40):
+        terms = whole_rows(0, count, 3)
+        for where in (on_device, on_host):
+            np.testing.assert_array_equal(where(terms, rule, 0.0), terms != 0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_leading_axes_are_sums_of_their_own(rule):
+    for count in (6, 30):
+        terms = np.stack([whole_rows(seed, count, 5) for seed in range(3)])
+        together = on_device(terms, rule, 0.25)
+        for part, stay in zip(terms, together, strict=True):
+            np.testing.assert_array_equal(on_device(part, rule, 0.25), stay)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
+def test_scale_does_not_matter(rule, factor):
+    terms = whole_rows(1, 40, 20)
+    for where in (on_device, on_host):
+        np.testing.assert_array_equal(
+            where(terms * np.float32(factor), rule, 0.25), where(terms, rule, 0.25)
+        )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("count", [12, 200])
+def test_device_and_host_agree_on_normal_terms(rule, count):
+    terms = np.random.default_rng(count).normal(size=(500, count)).astype(np.float32)
+    same = on_device(terms, rule, 0.2) == on_host(terms, rule, 0.2)
+    assert same.mean() >= 0.999
+
+
+# Whole slices -----------------------------------------------------------------------------
+
+
+def two_ways(model, images, rule: str, theta: float) -> list[nns.Slice]:
+    """The slice with terms selected on the device and on the host."""
+    graph = nns.trace(model.apply, model.params, images[:1])
+    profile = nns.profile(graph, model.params, images)
+    options = {"theta": theta, "per_sample": True}
+
+    def one(select: str) -> nns.Slice:
+        if rule == "largest":
+            return nns.effective_path(graph, model.params, images, select=select, **options)
+        return nns.slice_network(
+            graph, model.params, profile, images, rule=rule, select=select, **options
+        )
+
+    return [one("device"), one("host")]
+
+
+@pytest.mark.parametrize(
+    "name, rule",
+    [
+        ("mlp", "signed"), ("mlp", "mass"), ("mlp", "largest"), ("lenet", "signed"),
+        ("conv_grouped", "largest"), ("matrix_products", "mass"), ("avg_pool", "signed"),
+    ],
+)  # fmt: skip
+def test_slices_of_whole_numbers_are_equal(name, rule):
+    case = nets.EXACT[name]()
+    device, host = two_ways(case, case.images(4), rule, 0.25)
+    assert device.size()[0] > 0
+    for ours, theirs in ((device.neurons, host.neurons), (device.synapses, host.synapses)):
+        assert set(ours) == set(theirs)
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+
+
+@pytest.mark.parametrize("name, rule", [("lenet", "signed"), ("mlp", "mass"), ("mlp", "largest")])
+def test_slices_of_any_numbers_agree(name, rule):
+    model = zoo.model(name)
+    device, host = two_ways(model, model.images(8), rule, 0.2)
+    same = total = 0
+    for ours, theirs in ((device.neurons, host.neurons), (device.synapses, host.synapses)):
+        for key in ours:
+            same += np.sum(ours[key] == theirs[key])
+            total += ours[key].size
+    assert same / total >= 0.999
