@@ -5,7 +5,7 @@ from nnslicer_jax.cost import Estimate, estimate
 from nnslicer_jax.fold import evaluate
 from nnslicer_jax.graph import Graph, Neuron, UnsupportedError, trace
 from nnslicer_jax.masked import Masked, agreement, mask_network
-from nnslicer_jax.profile import Profile, profile
+from nnslicer_jax.profile import Profile, load_profile, profile
 from nnslicer_jax.slices import Slice, load_slice
 from nnslicer_jax.slicing import effective_path, slice_network
 
@@ -21,6 +21,7 @@ __all__ = [
     "effective_path",
     "estimate",
     "evaluate",
+    "load_profile",
     "load_slice",
     "mask_network",
     "profile",

@@ -24,19 +24,21 @@ class Batch(NamedTuple):
     real: int
 
 
-def batches(graph: Graph, images: Any, batch_size: int) -> Iterator[Batch]:
-    """Cuts images into batches of `batch_size`; batches of an iterable keep their own size.
+def batches(graph: Graph, images: Any, batch_size: int, skip: int = 0) -> Iterator[Batch]:
+    """Cuts images into batches of `batch_size`; none spans two batches of an iterable.
+
+    The first `skip` images are left out.
 
     Raises:
       ValueError: For a wrong shape, dtype or size, an empty set, or values that are not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    none = True
+    size = 0
     for part in _parts(images):
         check_images(graph, part)
-        size = min(batch_size, len(part)) if none else batch_size
-        none = False
+        size = size or min(batch_size, len(part))
+        part, skip = part[skip:], max(0, skip - len(part))
         for start in range(0, len(part), size):
             piece = part[start : start + size]
             real = len(piece)
@@ -44,12 +46,24 @@ def batches(graph: Graph, images: Any, batch_size: int) -> Iterator[Batch]:
                 fill = np.broadcast_to(np.asarray(piece[-1:]), (size - real, *piece.shape[1:]))
                 piece = np.concatenate([np.asarray(piece), fill])
             yield Batch(piece, real)
-    if none:
+    if not size:
         raise ValueError("images is empty; it must hold at least one image")
 
 
 def _parts(images: Any) -> Iterable[Any]:
-    return [images] if hasattr(images, "shape") else images
+    if hasattr(images, "shape"):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise ValueError(
+            f"images must be an array [N, ...] or an iterable of batches, not "
+            f"{type(images).__name__}"
+        )
+    return images
+
+
+def count(images: Any) -> int | None:
+    """How many images there are; None for an iterable of batches."""
+    return images.shape[0] if getattr(images, "shape", ()) else None
 
 
 def across_devices(images: Any) -> jax.Array:

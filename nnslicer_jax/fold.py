@@ -148,7 +148,7 @@ def record(graph: Graph, params: Any, sample: jax.Array, edits: Edits | None = N
     if edits:
         rules = _EDITED
         neurons = graph.neurons()
-        changes = {neurons[name].value: _on_sample(edit) for name, edit in edits.items()}
+        changes = {neurons[n].value: _on_sample(neurons[n], edit) for n, edit in edits.items()}
     return forward(graph, rules, [*leaves(graph, params), sample[None]], changes)
 
 
@@ -162,9 +162,15 @@ def _body_outputs(node: Node, *args: jax.Array) -> tuple[jax.Array, ...]:
     return args[len(args) - len(node.outputs) :]
 
 
-def _on_sample(edit: Callable) -> Callable[[jax.Array], jax.Array]:
+def _on_sample(neuron: Neuron, edit: Callable) -> Callable[[jax.Array], jax.Array]:
     def edited(activation: jax.Array) -> jax.Array:
-        return edit(unbatched(activation)).reshape(activation.shape)
+        found = edit(unbatched(activation))
+        if jnp.shape(found) != neuron.shape:
+            raise ValueError(
+                f"the edit of {neuron.name} must return shape {neuron.shape}, not "
+                f"{jnp.shape(found)}"
+            )
+        return found.reshape(activation.shape)
 
     return edited
 

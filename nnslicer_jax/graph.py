@@ -209,12 +209,24 @@ def trace(apply: Callable, params: Any, x: Any) -> Graph:
 
     Raises:
       ValueError: For a batch that is empty or not an array.
-      UnsupportedError: For control flow whose path depends on the sample.
+      UnsupportedError: For control flow whose path depends on the sample or a parameter.
     """
     if not hasattr(x, "shape") or len(x.shape) == 0 or x.shape[0] == 0:
         raise ValueError(f"x must be a batch [B, ...] of at least one sample, not {_said(x)}")
+    if getattr(x.dtype, "kind", "f") in "OSU":
+        raise ValueError(f"x must hold numbers, not {x.dtype}")
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
-    closed, shape = jax.make_jaxpr(apply, return_shape=True)(params, one)
+    try:
+        closed, shape = jax.make_jaxpr(apply, return_shape=True)(params, one)
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ):
+        raise UnsupportedError(
+            "apply decides in Python on values that depend on the sample or the parameters; "
+            "jnp.where and lax.scan can be traced"
+        ) from None
     return _Tracer().graph(closed, params, shape)
 
 

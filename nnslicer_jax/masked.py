@@ -81,7 +81,9 @@ def mask_network(
         for name, leaf in zip(graph.params, found, strict=True)
     ]
     masked = jax.tree.unflatten(jax.tree.structure(params), kept)
-    lost = _lost(graph, params, masked, profile) if fill == "mean" and profile else {}
+    lost: dict[int, jax.Array] = {}
+    if fill == "mean" and profile is not None:
+        lost = _lost(graph, params, masked, means_by_value(graph, profile))
     scale, shift = {}, {}
     for name, neuron in graph.neurons().items():
         if name == "input" or neuron.value > graph.logits:
@@ -99,15 +101,14 @@ def mask_network(
     return Masked(masked, scale, shift)
 
 
-def _lost(graph: Graph, params: Any, masked: Any, profile: Profile) -> dict[int, Any]:
+@functools.partial(jax.jit, static_argnums=0)
+def _lost(graph: Graph, params: Any, masked: Any, found: dict[int, jax.Array]) -> dict[int, Any]:
     """Value id of each weighted sum to the mean of the terms it lost, of one sample's shape."""
-    means: dict[int, Any] = dict(means_by_value(graph, profile))
     sample = jnp.zeros(graph.values[graph.input].shape[1:], graph.values[graph.input].dtype)
     whole: list[Any] = record(graph, params, sample)
     part: list[Any] = record(graph, masked, sample)
-    for ident, mean in means.items():
-        means[ident] = jnp.broadcast_to(mean, graph.values[ident].shape)
-    found: dict[int, Any] = {}
+    means = {i: jnp.broadcast_to(mean, graph.values[i].shape) for i, mean in found.items()}
+    lost: dict[int, Any] = {}
     for node in graph.nodes:
         if not any(node.data):
             continue
@@ -119,8 +120,8 @@ def _lost(graph: Graph, params: Any, masked: Any, profile: Profile) -> dict[int,
             with_all, with_some = (
                 node.bind(*[means.get(i, env[i]) for i in node.inputs])[0] for env in (whole, part)
             )
-            found[node.outputs[0]] = unbatched(with_all - with_some)
-    return found
+            lost[node.outputs[0]] = unbatched(with_all - with_some)
+    return lost
 
 
 def agreement(

@@ -6,16 +6,20 @@ memory: a batch's means are taken on the device, sample by sample, and merged in
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnslicer_jax.batches import across_devices, batches, check_params
+from nnslicer_jax.batches import across_devices, batches, check_params, count
 from nnslicer_jax.fold import leaves, record, unbatched
 from nnslicer_jax.graph import Graph, Neuron
+from nnslicer_jax.progress import Progress
+from nnslicer_jax.tensors import read_tensors, write_tensors
 
 BASELINES = ("channel", "position")
 
@@ -39,9 +43,45 @@ class Profile:
     low: float
     high: float
 
+    def __add__(self, other: "Profile") -> "Profile":
+        """The profile of both sets of samples together, as of two processes' shares."""
+        if self.baseline != other.baseline or set(self.means) != set(other.means):
+            raise ValueError("the profiles are of different networks or baselines")
+        count = self.count + other.count
+        share = np.float64(other.count) / count
+        means = {
+            name: (mean + (other.means[name] - np.float64(mean)) * share).astype(np.float32)
+            for name, mean in self.means.items()
+        }
+        span = min(self.low, other.low), max(self.high, other.high)
+        return Profile(means, self.baseline, count, *span)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the profile to a safetensors file, whole or not at all."""
+        about = {name: getattr(self, name) for name in ("baseline", "count", "low", "high")}
+        write_tensors(path, self.means, {"profile": json.dumps(about)})
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Reads what `Profile.save` wrote.
+
+    Raises:
+      ValueError: If the file is missing, truncated, or no profile.
+    """
+    means, about = read_tensors(path, "profile")
+    if set(about) != {"baseline", "count", "low", "high"} or about["baseline"] not in BASELINES:
+        raise ValueError(f"{path} is not a profile: its header is incomplete")
+    return Profile(means, **about)
+
 
 def profile(
-    graph: Graph, params: Any, images: Any, baseline: str = "channel", batch_size: int = 256
+    graph: Graph,
+    params: Any,
+    images: Any,
+    baseline: str = "channel",
+    batch_size: int = 256,
+    *,
+    progress: bool = False,
 ) -> Profile:
     """Mean activation of every neuron over `images`.
 
@@ -52,6 +92,7 @@ def profile(
       baseline: "channel", one mean for each channel over samples and positions (Eq. 1), or
         "position", one for each activation (the released code).
       batch_size: Samples run at once.
+      progress: Print a line of progress to standard error.
 
     Raises:
       ValueError: For an unknown baseline, images or params that do not fit the graph, an empty
@@ -63,14 +104,17 @@ def profile(
     check_params(params)
     sums: dict[str, Any] = {}
     total, low, high = 0, np.inf, -np.inf
+    line = Progress("profiled", count(images), "images") if progress else None
     for batch in batches(graph, images, batch_size):
         weight = np.zeros(len(batch.images), np.float32)
         weight[: batch.real] = 1
-        images = across_devices(batch.images)
+        placed = across_devices(batch.images)
         # The same precision as slicing, whose deltas are differences from these means.
         with jax.default_matmul_precision("highest"):
-            part, ends = _totals(graph, baseline, params, images, weight)
+            part, ends = _totals(graph, baseline, params, placed, weight)
         total += batch.real
+        if line:
+            line.at(total)
         for name, (first, change) in part.items():
             added = batch.real * np.asarray(first, np.float64) + np.asarray(change)
             sums[name] = sums.get(name, 0) + added

@@ -17,6 +17,10 @@ class Progress:
         self.verb, self.total, self.unit = verb, total, unit
         self._first, self._start, self._shown = done, time.monotonic(), 0.0
 
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        print(text, file=sys.stderr, flush=True)
+
     def at(self, done: int, note: str = "") -> None:
         """Shows that `done` items are done; at most once a second, and at the end."""
         now = time.monotonic()

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from nnslicer_jax import contribution
-from nnslicer_jax.batches import batches, check_params
+from nnslicer_jax.batches import batches, check_params, count
 from nnslicer_jax.contribution import WEIGHTS, deltas
 from nnslicer_jax.cost import estimate
 from nnslicer_jax.effective_path import RULES as PATH_RULES
@@ -185,26 +185,27 @@ def _job(graph, params, rules, rule, theta, per_sample, batch_size, select) -> _
 
 def _run(job: _Job, images, outputs, about, progress, checkpoint) -> Slice:
     """Walks all images, batch by batch."""
-    total = len(images) if hasattr(images, "shape") else None
+    total = count(images)
     outputs = _criterion(job.graph, outputs, total)
     made: list[Slice] = []
     done, mark = 0, ""
     if checkpoint is not None:
         if job.walk.per_sample:
             raise ValueError("checkpoint saves one merged slice; it does not go with per_sample")
-        mark = _fingerprint(job, total, outputs, about)
+        mark = _fingerprint(job, images, outputs, about)
         if Path(checkpoint).exists():
             before = load_slice(checkpoint)
             if before.criterion.get("fingerprint") != mark:
                 raise ValueError(f"{checkpoint} holds the progress of another call; remove it")
             made, done = [before], before.count
     line = Progress("sliced", total, "images", done) if progress else None
+    if line:
+        cost = estimate(job.graph, job.theta if job.walk.filtered else 0.0, job.walk.rule)
+        line.say(f"slicing: {cost}" + (f"; {cost.seconds * total:,.0f} s in all" if total else ""))
     saved = time.monotonic()
-    seen = 0
-    for batch in batches(job.graph, images, job.batch_size):
+    seen = done
+    for batch in batches(job.graph, images, job.batch_size, done):
         start, seen = seen, seen + batch.real
-        if seen <= done:
-            continue
         _check_span(batch.images, job.span)
         chosen = None if outputs is None else outputs[start:seen]
         piece = _walk_some(job, batch.images, batch.real, chosen)
@@ -273,9 +274,11 @@ def _check_span(images: Any, span: tuple[float, float]) -> None:
         )
 
 
-def _fingerprint(job: _Job, total: int | None, outputs: Any, about: dict[str, Any]) -> str:
-    """What must be equal for progress to be resumed."""
-    mark = hashlib.sha256(json.dumps([about, total, job.walk.rule]).encode())
+def _fingerprint(job: _Job, images: Any, outputs: Any, about: dict[str, Any]) -> str:
+    """What must be equal for progress to be resumed; of the images, the ends of an array."""
+    mark = hashlib.sha256(json.dumps([about, count(images), job.walk.rule]).encode())
+    if count(images):
+        mark.update(np.asarray(images[:1]).tobytes() + np.asarray(images[-1:]).tobytes())
     for leaf in (*leaves(job.graph, job.params), *job.means.values()):
         mark.update(np.ascontiguousarray(leaf).tobytes())
     mark.update(b"" if outputs is None else outputs.tobytes())

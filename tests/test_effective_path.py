@@ -23,12 +23,12 @@ def path(prepared, theta, **options) -> nns.Slice:
     )
 
 
-def one_sum(terms: list[float], theta: float) -> list[int]:
+def one_sum(terms: list[float], theta: float, select: str) -> list[int]:
     """Which of the weights are on the path of `sum(weights)`."""
     params = {"weights": jnp.asarray(terms, jnp.float32)[:, None]}
     images = jnp.ones((1, len(terms)))
     graph = nns.trace(lambda p, x: x @ p["weights"], params, images)
-    piece = nns.effective_path(graph, params, images, theta=theta)
+    piece = nns.effective_path(graph, params, images, theta=theta, select=select)
     return np.asarray(piece.synapses["weights"])[:, 0].tolist()
 
 
@@ -48,7 +48,8 @@ def one_sum(terms: list[float], theta: float) -> list[int]:
     ],
 )
 def test_terms_of_one_sum(terms, theta, kept):
-    assert one_sum(terms, theta) == kept
+    for select in ("host", "device"):
+        assert one_sum(terms, theta, select) == kept, select
     assert [int(k) for k in naive.effective([float(t) for t in terms], theta)[0]] == kept
 
 

@@ -131,3 +131,32 @@ def test_a_profile_is_reproducible():
     one, other = (nns.profile(graph, model.params, images, batch_size=4) for _ in range(2))
     for name, mean in one.means.items():
         np.testing.assert_array_equal(mean, other.means[name])
+
+
+def test_a_profile_is_saved_and_loaded(tmp_path):
+    model, graph, images, _ = traced("lenet")
+    found = nns.profile(graph, model.params, images)
+    found.save(tmp_path / "means.safetensors")
+    again = nns.load_profile(tmp_path / "means.safetensors")
+    assert (again.baseline, again.count, again.low, again.high) == (
+        found.baseline,
+        found.count,
+        found.low,
+        found.high,
+    )
+    for name, mean in found.means.items():
+        np.testing.assert_array_equal(again.means[name], mean)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "means.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="cut.safetensors"):
+        nns.load_profile(tmp_path / "cut.safetensors")
+
+
+def test_profiles_of_two_shares_add_up():
+    model, graph, images, activations = traced("lenet")
+    shares = [nns.profile(graph, model.params, part) for part in (images[:3], images[3:])]
+    for whole in (shares[0] + shares[1], shares[1] + shares[0]):
+        assert whole.count == COUNT
+        assert (whole.low, whole.high) == (float(images.min()), float(images.max()))
+        assert_means(whole, means(graph, activations, "channel"))
+    with pytest.raises(ValueError, match="baselines"):
+        shares[0] + nns.profile(graph, model.params, images, "position")

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import nnslicer_jax as nns
-from nnslicer_jax import slices, slicing
+from nnslicer_jax import slicing, tensors
 from tests import zoo
 
 
@@ -97,13 +97,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
             half.write(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(slices, "save_file", fails)
+    monkeypatch.setattr(tensors, "save_file", fails)
     with pytest.raises(OSError, match="no space"):
         made().save(path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     made().save(path)
-    monkeypatch.setattr(slices, "save_file", fails)
+    monkeypatch.setattr(tensors, "save_file", fails)
     with pytest.raises(OSError, match="no space"):
         made(1).save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["piece.safetensors"]
