@@ -7,6 +7,7 @@ memory: a batch's means are taken on the device, sample by sample, and merged in
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from nnslicer_jax.batches import across_devices, batches, check_params, count
 from nnslicer_jax.fold import leaves, record, unbatched
-from nnslicer_jax.graph import Graph, Neuron
+from nnslicer_jax.graph import Graph, Neuron, Node
 from nnslicer_jax.progress import Progress
 from nnslicer_jax.tensors import read_tensors, write_tensors
 
@@ -120,6 +121,9 @@ def profile(
             sums[name] = sums.get(name, 0) + added
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     means = {name: (found / total).astype(np.float32) for name, found in sums.items()}
+    with jax.default_matmul_precision("highest"):
+        means |= {k: np.asarray(v) for k, v in _followed(graph, baseline, params, means).items()}
+    means = {name: means[name] for name in graph.neurons()}
     for name, mean in means.items():
         if not np.isfinite(mean).all():
             raise ValueError(f"activations of {name} are not finite; the model or its input is off")
@@ -128,7 +132,8 @@ def profile(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _totals(graph: Graph, baseline: str, params: Any, images: jax.Array, weight: jax.Array) -> Any:
-    neurons = graph.neurons()
+    followers = _followers(graph)
+    neurons = {name: n for name, n in graph.neurons().items() if name not in followers}
 
     def one(sample: jax.Array) -> dict[str, jax.Array]:
         env = record(graph, params, sample)
@@ -148,6 +153,57 @@ def _totals(graph: Graph, baseline: str, params: Any, images: jax.Array, weight:
     return {name: total(name, a) for name, a in found.items()}, (images.min(), images.max())
 
 
+def _followers(graph: Graph) -> dict[str, Node]:
+    """Neurons that shift or scale each channel of another one, as a bias or batch norm does.
+
+    Their mean follows from the other's: more than half of the passes over activations are saved.
+    """
+    by_value = {neuron.value: neuron for neuron in graph.neurons().values()}
+    found = {}
+    for node in graph.nodes:
+        if node.key not in ("add", "sub", "mul", "div", "neg") or sum(node.data) != 1:
+            continue
+        source = by_value.get(node.inputs[node.data.index(True)])
+        neuron = by_value.get(node.outputs[0])
+        if source is None or neuron is None or source[2:] != neuron[2:]:
+            continue
+        lead = len(graph.values[neuron.value].shape) - len(neuron.shape)
+        alike = all(
+            n == 1 or a == neuron.channel + lead
+            for i, data in zip(node.inputs, node.data, strict=True)
+            if not data
+            for a, n in enumerate(graph.values[i].shape)
+        )
+        if alike:
+            found[neuron.name] = node
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _followed(
+    graph: Graph, baseline: str, params: Any, means: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Means of the followers: their operation on the mean they follow."""
+    neurons = graph.neurons()
+    names = {neuron.value: name for name, neuron in neurons.items()}
+    sample = graph.values[graph.input]
+    env = record(graph, params, jnp.zeros(sample.shape[1:], sample.dtype))
+    means = dict(means)
+    found = {}
+    for name, node in _followers(graph).items():
+        operands = [env[i] for i in node.inputs]
+        at = node.data.index(True)
+        source = neurons[names[node.inputs[at]]]
+        mean = _broadcastable(graph, source, means[source.name], baseline)
+        operands[at] = jnp.broadcast_to(mean, operands[at].shape).astype(operands[at].dtype)
+        mean = unbatched(node.bind(*operands)[0]).astype(jnp.float32)
+        if baseline == "channel":
+            for axis in reversed(positions(neurons[name])):
+                mean = jax.lax.index_in_dim(mean, 0, axis, keepdims=False)
+        means[name] = found[name] = mean
+    return found
+
+
 def positions(neuron: Neuron) -> tuple[int, ...]:
     """Axes of a neuron's activation that are positions."""
     return tuple(a for a in range(len(neuron.shape)) if a != neuron.channel)
@@ -163,14 +219,18 @@ def means_by_value(graph: Graph, found: Profile) -> dict[int, np.ndarray]:
     if set(neurons) != set(found.means):
         odd = sorted(set(neurons) ^ set(found.means))
         raise ValueError(f"the profile is of another model: they differ at {odd[:3]}")
-    by_value = {}
-    for name, neuron in neurons.items():
-        shape = list(graph.values[neuron.value].shape)
-        lead = len(shape) - len(neuron.shape)
-        if found.baseline == "channel":
-            shape = [n if a - lead == neuron.channel else 1 for a, n in enumerate(shape)]
-        mean = found.means[name]
-        if mean.size != int(np.prod(shape)):
-            raise ValueError(f"the profile is of another model: {name} has {mean.shape} means")
-        by_value[neuron.value] = mean.reshape(shape)
-    return by_value
+    return {
+        neuron.value: _broadcastable(graph, neuron, found.means[name], found.baseline)
+        for name, neuron in neurons.items()
+    }
+
+
+def _broadcastable(graph: Graph, neuron: Neuron, mean: Any, baseline: str) -> Any:
+    """A neuron's means in a shape that broadcasts to its value's traced shape."""
+    shape = list(graph.values[neuron.value].shape)
+    lead = len(shape) - len(neuron.shape)
+    if baseline == "channel":
+        shape = [n if a - lead == neuron.channel else 1 for a, n in enumerate(shape)]
+    if mean.size != math.prod(shape):
+        raise ValueError(f"the profile is of another model: {neuron.name} has {mean.shape} means")
+    return mean.reshape(shape)
