@@ -70,6 +70,25 @@ def fingerprint(dataset: data.Dataset) -> dict[str, str]:
     return sums
 
 
+def describe(
+    model_name: str, options: training.TrainingOptions, dataset: data.Dataset
+) -> dict[str, Any]:
+    """What a card says before the training: data, command and options."""
+    return {
+        "num_classes": len(dataset.classes),
+        "input_shape": [int(n) for n in dataset.train_images.shape[1:]],
+        "data": dataset.name,
+        "data_note": dataset.note,
+        "data_sha256": fingerprint(dataset),
+        "train_images": len(dataset.train_labels),
+        "test_images": len(dataset.test_labels),
+        "seed": options.seed,
+        "command": command_line(model_name, dataset.name, options),
+        "training": dataclasses.asdict(options),
+        "jax": jax.__version__,
+    }
+
+
 def run(
     model_name: str,
     options: training.TrainingOptions,
@@ -102,20 +121,8 @@ def run(
             "test_accuracy_before_rounding": before / len(labels),
         }
 
-    card = {
-        "num_classes": len(dataset.classes),
-        "input_shape": [int(n) for n in dataset.train_images.shape[1:]],
-        "data": dataset.name,
-        "data_note": dataset.note,
-        "data_sha256": fingerprint(dataset),
-        "train_images": len(dataset.train_labels),
-        "test_images": len(dataset.test_labels),
-        "seed": options.seed,
-        "command": command_line(model_name, dataset.name, options),
-        "training": dataclasses.asdict(options),
-        "jax": jax.__version__,
-    }
     name = weights_name(model_name, dataset.name)
+    card = describe(model_name, options, dataset)
     return zoo.save(name, model_name, variables, card, out, measure=measure)
 
 

@@ -66,12 +66,22 @@ def count(images: Any) -> int | None:
     return images.shape[0] if getattr(images, "shape", ()) else None
 
 
+def devices() -> list[jax.Device]:
+    """The local devices that share a batch; of a CPU's, the first.
+
+    A CPU's virtual devices share its cores, and their collectives and callbacks can wait for each
+    other's threads for ever.
+    """
+    found = jax.local_devices()
+    return found[:1] if found[0].platform == "cpu" else found
+
+
 def across_devices(images: Any) -> jax.Array:
-    """A batch on the device, shared out among all local ones where its size allows."""
-    devices = jax.local_devices()
-    if len(images) % len(devices):
+    """A batch on the device, shared out among several where its size allows."""
+    shared = devices()
+    if len(images) % len(shared):
         return jnp.asarray(images)
-    mesh = Mesh(np.asarray(devices), ("batch",))
+    mesh = Mesh(np.asarray(shared), ("batch",))
     return jax.device_put(images, NamedSharding(mesh, PartitionSpec("batch")))
 
 

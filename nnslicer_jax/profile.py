@@ -116,14 +116,10 @@ def profile(
         total += batch.real
         if line:
             line.at(total)
-        for name, (first, change) in part.items():
-            added = batch.real * np.asarray(first, np.float64) + np.asarray(change)
-            sums[name] = sums.get(name, 0) + added
+        for name, (first, change) in _deviations(graph, baseline, *part).items():
+            sums[name] = sums.get(name, 0) + batch.real * first + change
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     means = {name: (found / total).astype(np.float32) for name, found in sums.items()}
-    with jax.default_matmul_precision("highest"):
-        means |= {k: np.asarray(v) for k, v in _followed(graph, baseline, params, means).items()}
-    means = {name: means[name] for name in graph.neurons()}
     for name, mean in means.items():
         if not np.isfinite(mean).all():
             raise ValueError(f"activations of {name} are not finite; the model or its input is off")
@@ -132,31 +128,61 @@ def profile(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _totals(graph: Graph, baseline: str, params: Any, images: jax.Array, weight: jax.Array) -> Any:
-    followers = _followers(graph)
-    neurons = {name: n for name, n in graph.neurons().items() if name not in followers}
+    neurons, followers = graph.neurons(), _followers(graph)
 
-    def one(sample: jax.Array) -> dict[str, jax.Array]:
+    def one(sample: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         env = record(graph, params, sample)
-        return {name: unbatched(env[n.value]).astype(jnp.float32) for name, n in neurons.items()}
+        found = {name: unbatched(env[n.value]).astype(jnp.float32) for name, n in neurons.items()}
+        # The operand of a follower that does not read the sample.
+        others = {
+            name: env[node.inputs[-1 - node.data.index(True)]]
+            for name, node in followers.items()
+            if len(node.inputs) > 1
+        }
+        return found, others
 
-    def total(name: str, activations: jax.Array) -> tuple[jax.Array, jax.Array]:
+    found, others = jax.vmap(one, out_axes=(0, None))(images)
+    firsts, changes = {}, {}
+    for name, activations in found.items():
         # Deviations from a first activation are summed: that is exact for a neuron that never
         # changes, and an offset costs no precision. The weights are 0 for a batch's padding.
         axes = tuple(a + 1 for a in positions(neurons[name])) if baseline == "channel" else ()
         first = activations[:1]
         for axis in axes:
             first = jax.lax.slice_in_dim(first, 0, 1, axis=axis)
-        change = jnp.tensordot(weight, (activations - first).mean(axes), 1)
-        return first.reshape(change.shape), change
+        firsts[name] = first.reshape([n for a, n in enumerate(first.shape) if a not in (0, *axes)])
+        if name not in followers:
+            changes[name] = jnp.tensordot(weight, (activations - first).mean(axes), 1)
+    return (firsts, changes, others), (images.min(), images.max())
 
-    found = jax.vmap(one)(images)
-    return {name: total(name, a) for name, a in found.items()}, (images.min(), images.max())
+
+def _deviations(
+    graph: Graph, baseline: str, firsts: Any, changes: Any, others: Any
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """First activation and summed deviations from it, float64, of every neuron."""
+    names = {neuron.value: name for name, neuron in graph.neurons().items()}
+    followers = _followers(graph)
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, neuron in graph.neurons().items():
+        first = np.asarray(firsts[name], np.float64)
+        if name in followers:
+            node = followers[name]
+            _, change = found[names[node.inputs[node.data.index(True)]]]
+            factor = _factor(node, len(neuron.shape), others.get(name))
+            if baseline == "channel" and np.ndim(factor):
+                factor = factor.reshape(-1)
+            change = change * factor
+        else:
+            change = np.asarray(changes[name], np.float64)
+        found[name] = first, change
+    return found
 
 
 def _followers(graph: Graph) -> dict[str, Node]:
     """Neurons that shift or scale each channel of another one, as a bias or batch norm does.
 
-    Their mean follows from the other's: more than half of the passes over activations are saved.
+    Their deviations follow from the other's, which saves more than half of the passes over
+    activations.
     """
     by_value = {neuron.value: neuron for neuron in graph.neurons().values()}
     found = {}
@@ -179,29 +205,15 @@ def _followers(graph: Graph) -> dict[str, Node]:
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _followed(
-    graph: Graph, baseline: str, params: Any, means: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Means of the followers: their operation on the mean they follow."""
-    neurons = graph.neurons()
-    names = {neuron.value: name for name, neuron in neurons.items()}
-    sample = graph.values[graph.input]
-    env = record(graph, params, jnp.zeros(sample.shape[1:], sample.dtype))
-    means = dict(means)
-    found = {}
-    for name, node in _followers(graph).items():
-        operands = [env[i] for i in node.inputs]
-        at = node.data.index(True)
-        source = neurons[names[node.inputs[at]]]
-        mean = _broadcastable(graph, source, means[source.name], baseline)
-        operands[at] = jnp.broadcast_to(mean, operands[at].shape).astype(operands[at].dtype)
-        mean = unbatched(node.bind(*operands)[0]).astype(jnp.float32)
-        if baseline == "channel":
-            for axis in reversed(positions(neurons[name])):
-                mean = jax.lax.index_in_dim(mean, 0, axis, keepdims=False)
-        means[name] = found[name] = mean
-    return found
+def _factor(node: Node, rank: int, value: Any) -> Any:
+    """What a follower multiplies deviations by, broadcastable to `rank` axes of one sample."""
+    if node.key == "neg" or (node.key == "sub" and node.data[1]):
+        return -1.0
+    if node.key not in ("mul", "div"):
+        return 1.0
+    value = np.asarray(value, np.float64)
+    value = value.reshape(value.shape[value.ndim - rank :]) if value.ndim > rank else value
+    return value if node.key == "mul" else 1 / value
 
 
 def positions(neuron: Neuron) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from nnslicer_jax import contribution
-from nnslicer_jax.batches import batches, check_params, count
+from nnslicer_jax.batches import batches, check_params, count, devices
 from nnslicer_jax.contribution import WEIGHTS, deltas
 from nnslicer_jax.cost import estimate
 from nnslicer_jax.effective_path import RULES as PATH_RULES
@@ -45,7 +45,7 @@ class Walk(NamedTuple):
       filtered: Whether theta selects terms at all.
       host: Whether it does so on the host.
       per_sample: Whether samples stay apart.
-      devices: Local devices that share a batch.
+      devices: How many devices share a batch.
     """
 
     rules: Rules
@@ -175,11 +175,10 @@ def _job(graph, params, rules, rule, theta, per_sample, batch_size, select) -> _
     host = select == "host" or (select == "auto" and jax.default_backend() == "cpu")
     if batch_size is None:
         batch_size = estimate(graph, theta if filtered else 0.0, rule).batch_size
-    # Callbacks of several CPU devices would wait for each other's threads, and one uses all cores.
-    count = 1 if host and filtered else jax.local_device_count()
-    if batch_size % count:
-        count = 1
-    walk = Walk(rules, rule, filtered, host, per_sample, count)
+    shared = len(devices())
+    if batch_size % shared:
+        shared = 1
+    walk = Walk(rules, rule, filtered, host, per_sample, shared)
     return _Job(walk, graph, params, theta, batch_size, {}, (-np.inf, np.inf))
 
 
@@ -325,7 +324,7 @@ def _walk_batch(graph, walk, params, means, images, seeds, real, theta):
         return jax.lax.psum(found, "batch") if walk.devices > 1 else found
 
     if walk.devices > 1:
-        mesh = Mesh(np.asarray(jax.local_devices()), ("batch",))
+        mesh = Mesh(np.asarray(devices()), ("batch",))
         each, all_ = PartitionSpec("batch"), PartitionSpec()
         some = jax.shard_map(
             some, mesh=mesh, in_specs=(all_, all_, each, each, each, all_),

@@ -4,7 +4,7 @@ A run that is killed and started again ends in the weights of one that was not.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,8 +201,9 @@ def train(
     checkpoint_every: int = 500,
     log_every: int = 50,
     show: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Any:
-    """Trains a classifier on all devices, going on from the last checkpoint if there is one.
+    """Trains a classifier, going on from the last checkpoint if there is one.
 
     Args:
         model: takes images [B, H, W, C] float32 in [0, 1] and ``train``; gives logits.
@@ -212,6 +213,7 @@ def train(
         checkpoint_every: steps between checkpoints; the last step gets one too.
         log_every: steps between progress lines, and between checks for a loss that is not finite.
         show: write progress lines to standard error.
+        devices: share each batch equally; None means all, and on a CPU the first.
 
     Returns:
         The trained variables, as ``model.apply`` takes them.
@@ -244,8 +246,12 @@ def train(
         restored = checkpoint.restore_latest(checkpoint_dir, state)
         if restored is not None:
             done, state = restored
-    # Every device takes an equal share of the batch; a batch that does not divide uses fewer.
-    devices = jax.devices()[: math.gcd(batch_size, jax.device_count())]
+    if devices is None:
+        # XLA's collectives among virtual CPU devices can wait for each other for ever when steps
+        # are dispatched ahead, and such devices share the same cores anyway.
+        devices = jax.devices()[:1] if jax.default_backend() == "cpu" else jax.devices()
+    # Equal shares: a batch that does not divide uses fewer devices.
+    devices = devices[: math.gcd(batch_size, len(devices))]
     mesh = jax.sharding.Mesh(devices, ("batch",))
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
     state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))

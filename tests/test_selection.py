@@ -17,15 +17,18 @@ from tests import nets, zoo
 
 SETTINGS = hp.settings(max_examples=20, deadline=None, derandomize=True)
 RULES = ["signed", "mass", "largest"]
-COUNTS = [1, 2, 3, 9, 16, 17, 18, 33, 64, 129, 300]
+COUNTS = [1, 2, 3, 9, 16, 17, 33, 64, 129, 255, 256, 300]
 THETAS = st.integers(1, 64).map(lambda n: n / 64)
 
 
 def definition(terms: Sequence[int], rule: str, theta: Fraction) -> list[bool]:
-    """Tries every term as tau, from the largest down; the first that satisfies wins."""
+    """Tries every term as tau, from the largest down; the first that satisfies wins.
+
+    A term of 0 (padding, a silent input) is no term.
+    """
     if rule == "largest":
         total = sum(terms)
-        for tau in sorted(set(terms), reverse=True):
+        for tau in sorted(set(terms) - {0}, reverse=True):
             if total <= 0 or sum(t for t in terms if t >= tau) >= theta * total:
                 return [t >= tau and t != 0 for t in terms]
     summand = abs if rule == "mass" else int
@@ -136,11 +139,34 @@ def test_scale_does_not_matter(rule, factor):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("count", [12, 200])
+@pytest.mark.parametrize("count", [12, 200, 600])
 def test_device_and_host_agree_on_normal_terms(rule, count):
     terms = np.random.default_rng(count).normal(size=(500, count)).astype(np.float32)
     same = on_device(terms, rule, 0.2) == on_host(terms, rule, 0.2)
     assert same.mean() >= 0.999
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sorting_a_part_equals_sorting_all(rule, monkeypatch):
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=(60, 700))
+    terms = np.concatenate([
+        normal,
+        normal**5,  # a few hold most of the mass
+        np.sort(normal, axis=-1),
+        np.abs(normal),
+        -np.abs(normal),
+        np.maximum(normal, 0),  # half are 0
+        np.round(3 * normal),  # many are equal
+        np.where(rng.random(normal.shape) < 0.99, 0, normal),
+        np.tile(normal[:, :1], (1, 700)),
+    ]).astype(np.float32)  # fmt: skip
+    for theta in (0.01, 0.1, 0.2, 0.5, 0.9, 1.0):
+        found = []
+        for many in (2, 10**9):
+            monkeypatch.setattr(host_selection, "_MANY", many)
+            found.append(host_selection.kept(terms.copy(), rule, theta))
+        np.testing.assert_array_equal(*found)
 
 
 # Whole slices -----------------------------------------------------------------------------
