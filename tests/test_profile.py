@@ -160,3 +160,23 @@ def test_profiles_of_two_shares_add_up():
         assert_means(whole, means(graph, activations, "channel"))
     with pytest.raises(ValueError, match="baselines"):
         shares[0] + nns.profile(graph, model.params, images, "position")
+
+
+@pytest.mark.parametrize("baseline", ["channel", "position"])
+def test_a_shift_that_cancels_keeps_the_mean(baseline):
+    # What shifts and scales another neuron takes its deviations, not its rounded mean.
+    rng = np.random.default_rng(0)
+    images = (1e4 + rng.integers(0, 4, (64, 3, 3, 2)) / 1024).astype(np.float32)
+    params = {"shift": jnp.float32(1e4), "scale": jnp.array([1e3, -2.0]).reshape(1, 1, 1, 2)}
+
+    def apply(p, x):
+        return (-(5 - (x - p["shift"]) * p["scale"] / 3.0)).reshape(x.shape[0], -1)
+
+    graph = nns.trace(apply, params, images)
+    found = nns.profile(graph, params, images, baseline, batch_size=24)
+    _, activations = nns.evaluate(graph, params, images)
+    for name, activation in activations.items():
+        activation = np.asarray(activation, np.float64)
+        axes = 0 if baseline == "position" else tuple(range(activation.ndim - 1))
+        mean = activation.mean(axes)
+        np.testing.assert_allclose(found.means[name], mean, atol=1e-6 * np.abs(mean).max())

@@ -11,7 +11,6 @@ fractions.
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -234,10 +233,7 @@ class Network:
         space = x.shape[:-1]
         *window, depth, features = self.parameters[kernel].shape
         spread = [(n - 1) * s + 1 for n, s in zip(space, strides, strict=True)]
-        size = [
-            spread[d] + sum(pads[d]) - window[d] + 1  #
-            for d in range(len(space))
-        ]
+        size = [n + sum(p) - w + 1 for n, p, w in zip(spread, pads, window, strict=True)]
 
         def make(at):
             terms = []
@@ -656,5 +652,5 @@ def merged(answers: Iterable[Answer]) -> Answer:
     return Answer(
         add([a.neurons for a in answers]),
         add([a.synapses for a in answers]),
-        min(itertools.chain((a.margin for a in answers), [math.inf])),
+        min(a.margin for a in answers),
     )
