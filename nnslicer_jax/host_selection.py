@@ -206,7 +206,7 @@ def _tau_in_bracket(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The threshold, where a sample of each row brackets it: mass only grows along the order."""
     rows, count = keys.shape
-    wanted = theta * keys.sum(-1).astype(np.float64)
+    wanted = _share(keys.sum(-1), theta)
     sample = np.sort(keys[:, :: count // 128], axis=-1)
     mass = np.cumsum(sample, axis=-1, dtype=np.float64)
     low, high = (_at_share(sample, mass, theta + slack) for slack in (-_BRACKET, _BRACKET))
@@ -251,10 +251,15 @@ def _read(ordered: np.ndarray, rule: str) -> tuple[np.ndarray, np.ndarray]:
 def _fits(below: np.ndarray, total: np.ndarray, rule: str, theta: float) -> np.ndarray:
     """Where a rule's condition holds, `below` being the sum of the terms before each."""
     if rule == "largest":
-        fits = total[:, None] - below >= (theta * total)[:, None]
+        fits = total[:, None] - below >= _share(total, theta)[:, None]
         fits &= total[:, None] > 0
         return fits
-    return np.abs(below, out=below) < (theta * np.abs(total))[:, None]
+    return np.abs(below, out=below) < _share(np.abs(total), theta)[:, None]
+
+
+def _share(total: np.ndarray, theta: float) -> np.ndarray:
+    """Theta times the total, rounded to float32 as on the device: ties fall to one side."""
+    return (np.float32(theta) * total.astype(np.float32)).astype(np.float64)
 
 
 def _last_fit(ordered: np.ndarray, fits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
