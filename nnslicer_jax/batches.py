@@ -34,9 +34,11 @@ def batches(graph: Graph, images: Any, batch_size: int, skip: int = 0) -> Iterat
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    size = 0
+    size, dtype = 0, graph.values[graph.input].dtype
     for part in _parts(images):
         check_images(graph, part)
+        if part.dtype != dtype:
+            part = part.astype(dtype)
         size = size or min(batch_size, len(part))
         part, skip = part[skip:], max(0, skip - len(part))
         for start in range(0, len(part), size):
@@ -92,6 +94,12 @@ def check_images(graph: Graph, images: Any) -> None:
     kinds = (jnp.issubdtype(traced, jnp.floating), jnp.issubdtype(images.dtype, jnp.floating))
     if kinds[0] != kinds[1]:
         raise ValueError(f"images must be {traced} as the model was traced, not {images.dtype}")
+    if not kinds[0] and images.dtype != traced:
+        low, high = int(images.min()), int(images.max())
+        info = np.iinfo(traced) if np.issubdtype(traced, np.integer) else None
+        least, most = (info.min, info.max) if info else (0, 1)
+        if low < least or high > most:
+            raise ValueError(f"images range over {low}..{high}, more than {traced} holds")
     if kinds[0] and not np.isfinite(np.asarray(images, np.float32)).all():
         raise ValueError("images must be finite; some are NaN or infinite")
 

@@ -63,6 +63,10 @@ def deltas(graph: Graph, env: Env, means: Mapping[int, jax.Array]) -> list[Term 
         if not any(node.data):
             continue
         if graph.computes(node):
+            if node.key in ("dot_general", "conv_general_dilated") and not all(
+                graph.values[i].is_float for i in node.outputs
+            ):
+                raise UnsupportedError(f"slicing: {node} computes whole numbers, not floats")
             for ident in node.outputs:
                 neuron(ident)
         else:
@@ -276,7 +280,7 @@ def _negative(node, args, outs, back, how):
 
 
 @RULES.register(
-    *(operations.UNARY - {"neg", "not"}), *(operations.NAMED_CALLS - {"relu"}), operations.CALL,
+    *(operations.UNARY - {"neg", "not"}), *(operations.NAMED_CALLS - {"relu"}),
     "atan2", "clamp", "nextafter", "pow", "rem",
 )  # fmt: skip
 def _elementwise(node, args, outs, back, how):  # CONTRIB * dy * dx
@@ -306,7 +310,7 @@ def select(node, args, outs, back, how):
 @RULES.register(*(operations.MOVEMENT - {"select_n"}))
 def move(node, args, outs, back, how):
     """Through the inverse movement, to whatever of the sample was moved."""
-    wanted = [a.delta is not None for a in args]
+    wanted = [a.delta is not None and i in node.moved for i, a in enumerate(args)]
     # Where nothing was, the sample looks weights up (an embedding).
     return movement.backward(
         node, [a.value for a in args], back, wanted if any(wanted) else _numbers(args)

@@ -91,7 +91,7 @@ def _rectify(node, args, outs, back, how):
 
 
 @RULES.register(
-    *(operations.UNARY - {"not"}), *(operations.NAMED_CALLS - {"relu"}), operations.CALL,
+    *(operations.UNARY - {"not"}), *(operations.NAMED_CALLS - {"relu"}),
     "atan2", "clamp", "nextafter", "pow", "rem",
 )  # fmt: skip
 def _elementwise(node, args, outs, back, how):

@@ -65,7 +65,7 @@ class Node:
     Attributes:
       index: Position in `Graph.nodes`.
       key: What rules are looked up by: the primitive's name; for a call kept whole its own
-        name where `operations.NAMED_CALLS` has it, else "call".
+        name.
       name: The primitive's name, or that of the call.
       primitive: The JAX primitive that computes the node.
       params: Its parameters, as in the jaxpr.
@@ -85,6 +85,11 @@ class Node:
     outputs: tuple[int, ...]
     data: tuple[bool, ...]
     scope: str
+
+    @property
+    def moved(self) -> range:
+        """Which inputs a movement moves; the others say where to."""
+        return range(len(self.inputs))[operations.MOVED_OPERANDS.get(self.key, slice(None))]
 
     def bind(self, *args: jax.Array) -> tuple[jax.Array, ...]:
         """Applies the node to arrays, one for each input; returns one for each output."""
@@ -182,7 +187,9 @@ class Graph:
         found = {self.input}
         for node in self.nodes:
             if any(node.data):
-                moves = node.key in operations.MOVEMENT and not found.isdisjoint(node.inputs)
+                moves = node.key in operations.MOVEMENT and any(
+                    node.inputs[i] in found for i in node.moved
+                )
                 found.update(i for i in node.outputs if moves or self.values[i].is_float)
         return frozenset(found)
 
@@ -190,7 +197,9 @@ class Graph:
         """Whether the node computes activations of its own, rather than moving some."""
         if not any(node.data):
             return False
-        return node.key not in operations.MOVEMENT or self.carried.isdisjoint(node.inputs)
+        return node.key not in operations.MOVEMENT or not any(
+            node.inputs[i] in self.carried for i in node.moved
+        )
 
 
 def is_batched(shape: Sequence[int]) -> bool:
@@ -288,9 +297,7 @@ class _Tracer:
         data = [self.values[i].data for i in ins]
         if name in _BODY:
             if self.is_whole(eqn, ins):
-                call = _call_name(eqn)
-                key = call if call in operations.NAMED_CALLS else operations.CALL
-                return self.node(key, eqn, ins, where, name=call)
+                return self.node(_call_name(eqn), eqn, ins, where)
             outs = self.walk(*_open(eqn.params[_BODY[name]]), ins, where)
             if name in _CUSTOM:
                 outs = self.node(operations.CUSTOM_DERIVATIVE, eqn, [*ins, *outs], where)
@@ -337,6 +344,8 @@ class _Tracer:
 
     def is_whole(self, eqn: Any, ins: list[int]) -> bool:
         """Whether a call is an elementwise function of one sample-dependent array alone."""
+        if _call_name(eqn) not in operations.NAMED_CALLS:
+            return False
         operands = [self.values[i] for i in ins if self.values[i].data]
         settings = [self.values[i] for i in ins if not self.values[i].data]
         outs = eqn.outvars

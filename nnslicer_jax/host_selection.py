@@ -52,7 +52,8 @@ def edges(
 
 def threads() -> int:
     """Threads that select at once: one a core."""
-    return os.cpu_count() or 1
+    # Containers are often given fewer cores than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

@@ -76,6 +76,9 @@ def mask_network(
     for name, contrib in piece.synapses.items():
         if name not in graph.params or graph.values[graph.params[name]].shape != contrib.shape:
             raise ValueError(f"the slice is of another network: it holds synapses {name}")
+    if set(piece.neurons) != set(graph.neurons()):
+        odd = sorted(set(piece.neurons) ^ set(graph.neurons()))
+        raise ValueError(f"the slice is of another network: they differ at {odd[:3]}")
     kept = [
         jnp.where(piece.synapses[name] != 0, leaf, 0) if name in piece.synapses else leaf
         for name, leaf in zip(graph.params, found, strict=True)
@@ -148,4 +151,7 @@ def agreement(
 def _equal(graph: Graph, params: Any, masked: Masked, images: jax.Array) -> jax.Array:
     original = evaluate(graph, params, images)[0]
     reduced = evaluate(graph, masked.params, images, masked.edits)[0]
-    return jnp.argmax(original, -1) == jnp.argmax(reduced, -1)
+    # Of a model that returns several arrays, the first: what slicing starts from.
+    return jnp.argmax(jax.tree.leaves(original)[0], -1) == jnp.argmax(
+        jax.tree.leaves(reduced)[0], -1
+    )

@@ -20,8 +20,8 @@ def forward(node: Node, values: Sequence[jax.Array], moved: Sequence[Any]) -> tu
     Args:
       node: A node whose key is in `operations.MOVEMENT`.
       values: Its operands.
-      moved: What accompanies each operand, of its shape. Where it is None, numbers count as
-        zeros, while indices and conditions act with their values.
+      moved: What accompanies each operand, of its shape; None counts as zeros. Indices and
+        conditions act with their values.
 
     Returns:
       What accompanies each output.
@@ -30,7 +30,10 @@ def forward(node: Node, values: Sequence[jax.Array], moved: Sequence[Any]) -> tu
         return tuple(moved[len(moved) - len(node.outputs) :])
     if node.key in operations.IDENTITY:
         return tuple(moved)
-    operands = [_still(v) if m is None else m for v, m in zip(values, moved, strict=True)]
+    operands = list(values)
+    for i in node.moved:
+        given = moved[i]
+        operands[i] = _zeros(values[i]) if given is None else given.astype(jnp.float32)
     return node.bind(*operands)
 
 
@@ -52,10 +55,10 @@ def backward(
         return [None] * (len(values) - len(back)) + list(back)
     if node.key in operations.IDENTITY:
         return list(back)
-    places = [i for i in range(len(values)) if wanted[i]]
+    places = [i for i in node.moved if wanted[i]]
 
     def move(*numbers: jax.Array) -> tuple[jax.Array, ...]:
-        operands = [_still(v) for v in values]
+        operands = [_zeros(v) if i in node.moved else v for i, v in enumerate(values)]
         for place, number in zip(places, numbers, strict=True):
             operands[place] = number
         return node.bind(*operands)
@@ -73,8 +76,8 @@ def backward(
     return returned
 
 
-def _still(value: Any) -> Any:
-    return jnp.zeros(value.shape, jnp.float32) if is_number(value) else value
+def _zeros(value: Any) -> jax.Array:
+    return jnp.zeros(jnp.shape(value), jnp.float32)
 
 
 def is_number(value: Any) -> bool:

@@ -16,11 +16,17 @@ REARRANGE = frozenset({
 })  # fmt: skip
 # What a custom derivative rule was attached to: see `graph.Node`.
 CUSTOM_DERIVATIVE = "custom_derivative"
-# Calls kept whole that rules may name; any other is read as some elementwise function, a CALL.
-CALL = "call"
+# Activation functions: calls kept whole. The body of any other call is spliced in, so that
+# wrapping part of a model in `jit` or `checkpoint` changes nothing.
 NAMED_CALLS = frozenset({
-    "clip", "elu", "leaky_relu", "relu", "relu6", "selu", "sigmoid", "silu", "softplus",
+    "celu", "clip", "elu", "hard_sigmoid", "hard_silu", "hard_tanh", "leaky_relu", "log_sigmoid",
+    "mish", "relu", "relu6", "selu", "sigmoid", "silu", "soft_sign", "softplus", "squareplus",
 })  # fmt: skip
+# Operands that are moved, where the others say where to.
+MOVED_OPERANDS = {
+    "dynamic_slice": slice(1), "dynamic_update_slice": slice(2), "gather": slice(1),
+    "select_n": slice(1, None),
+}  # fmt: skip
 MOVEMENT = IDENTITY | REARRANGE | {CUSTOM_DERIVATIVE}
 
 # Functions of one array, element by element.

@@ -22,6 +22,9 @@ from nnslicer_jax.graph import Graph, Neuron, Node
 from nnslicer_jax.progress import Progress
 from nnslicer_jax.tensors import read_tensors, write_tensors
 
+# Sums over a batch are taken this much smaller, for attention masks put -3e38 into them; a power
+# of two changes no other digit.
+_SMALL = 2.0**-24
 BASELINES = ("channel", "position")
 
 
@@ -70,7 +73,11 @@ def load_profile(path: str | Path) -> Profile:
       ValueError: If the file is missing, truncated, or no profile.
     """
     means, about = read_tensors(path, "profile")
-    if set(about) != {"baseline", "count", "low", "high"} or about["baseline"] not in BASELINES:
+    if (
+        not isinstance(about, dict)
+        or set(about) != {"baseline", "count", "low", "high"}
+        or about["baseline"] not in BASELINES
+    ):
         raise ValueError(f"{path} is not a profile: its header is incomplete")
     return Profile(means, **about)
 
@@ -152,7 +159,8 @@ def _totals(graph: Graph, baseline: str, params: Any, images: jax.Array, weight:
             first = jax.lax.slice_in_dim(first, 0, 1, axis=axis)
         firsts[name] = first.reshape([n for a, n in enumerate(first.shape) if a not in (0, *axes)])
         if name not in followers:
-            changes[name] = jnp.tensordot(weight, (activations - first).mean(axes), 1)
+            change = (activations - first) * _SMALL
+            changes[name] = jnp.tensordot(weight, change.mean(axes), 1)
     return (firsts, changes, others), (images.min(), images.max())
 
 
@@ -173,7 +181,7 @@ def _deviations(
                 factor = factor.reshape(-1)
             change = change * factor
         else:
-            change = np.asarray(changes[name], np.float64)
+            change = np.asarray(changes[name], np.float64) / _SMALL
         found[name] = first, change
     return found
 
@@ -192,6 +200,9 @@ def _followers(graph: Graph) -> dict[str, Node]:
         source = by_value.get(node.inputs[node.data.index(True)])
         neuron = by_value.get(node.outputs[0])
         if source is None or neuron is None or source[2:] != neuron[2:]:
+            continue
+        # In fewer bits the deviations are rounded anew.
+        if neuron.dtype != jnp.float32:
             continue
         lead = len(graph.values[neuron.value].shape) - len(neuron.shape)
         alike = all(

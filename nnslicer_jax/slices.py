@@ -5,7 +5,9 @@ Slices of one network combine, compare, shrink to a wanted size, and are kept as
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +56,8 @@ class Slice:
     def size(self, layer: str | None = None) -> tuple[int, int]:
         """Synapses in the slice and in the network, or in one layer (a key of `synapses`)."""
         layers = self.synapses if layer is None else {layer: self.synapses[layer]}
-        lead = self.count if self.per_sample else 1
         kept = sum(int(np.count_nonzero(v)) for v in layers.values())
-        return kept, sum(v.size for v in layers.values()) // max(lead, 1) * max(lead, 1)
+        return kept, sum(v.size for v in layers.values())
 
     def sample(self, index: int) -> "Slice":
         """The slice of one sample out of a `per_sample` slice."""
@@ -85,7 +86,7 @@ class Slice:
 
     def union(self, other: "Slice") -> "Slice":
         """What is in either slice; where in both, the contribution larger in magnitude."""
-        self._same(other)
+        self._paired(other)
 
         def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             # At equal magnitudes the positive one, so that the order does not matter.
@@ -96,12 +97,12 @@ class Slice:
 
     def intersection(self, other: "Slice") -> "Slice":
         """What is in both slices, with this slice's contributions."""
-        self._same(other)
+        self._paired(other)
         return self._zip(other, lambda a, b: np.where(b != 0, a, 0), count=self.count)
 
     def difference(self, other: "Slice") -> "Slice":
         """What is in this slice and not in the other."""
-        self._same(other)
+        self._paired(other)
         return self._zip(other, lambda a, b: np.where(b == 0, a, 0), count=self.count)
 
     def similarity(self, other: "Slice", by: str = "synapses") -> float:
@@ -111,7 +112,7 @@ class Slice:
           other: A slice of the same network.
           by: "synapses" or "neurons" (activations).
         """
-        self._same(other)
+        self._paired(other)
         if by not in ("synapses", "neurons"):
             raise ValueError(f"by must be synapses or neurons, not {by!r}")
         mine, theirs = getattr(self, by), getattr(other, by)
@@ -132,7 +133,8 @@ class Slice:
             raise ValueError("threshold() needs one slice; take sample(i) or total() first")
 
         def most(contrib: np.ndarray) -> np.ndarray:
-            keep = int(np.ceil(ratio * contrib.size))
+            # Of 55 % of 100, which floats put above 55.
+            keep = math.ceil(Fraction(str(ratio)) * contrib.size)
             order = np.argsort(-np.abs(contrib), axis=None, kind="stable")[:keep]
             chosen = np.zeros(contrib.size, bool)
             chosen[order] = True
@@ -142,8 +144,8 @@ class Slice:
 
     def save(self, path: str | Path) -> None:
         """Writes the slice to a safetensors file, whole or not at all."""
-        arrays = {f"synapses:{k}": np.ascontiguousarray(v) for k, v in self.synapses.items()}
-        arrays |= {f"neurons:{k}": np.ascontiguousarray(v) for k, v in self.neurons.items()}
+        arrays = {f"synapses:{k}": np.asarray(v, order="C") for k, v in self.synapses.items()}
+        arrays |= {f"neurons:{k}": np.asarray(v, order="C") for k, v in self.neurons.items()}
         about = {
             "count": self.count,
             "per_sample": self.per_sample,
@@ -155,10 +157,17 @@ class Slice:
     def _same(self, other: "Slice") -> None:
         mine = {k: v.shape[int(self.per_sample) :] for k, v in self.synapses.items()}
         theirs = {k: v.shape[int(other.per_sample) :] for k, v in other.synapses.items()}
-        if mine != theirs or set(self.neurons) != set(other.neurons):
+        mine |= {k: v.shape[int(self.per_sample) :] for k, v in self.neurons.items()}
+        theirs |= {k: v.shape[int(other.per_sample) :] for k, v in other.neurons.items()}
+        if mine != theirs:
             raise ValueError("the slices are of different networks")
         if self.per_sample != other.per_sample:
             raise ValueError("one slice is per sample, the other is not; take total() first")
+
+    def _paired(self, other: "Slice") -> None:
+        self._same(other)
+        if self.per_sample and self.count != other.count:
+            raise ValueError(f"the slices hold {self.count} and {other.count} samples")
 
     def _map(self, fn: Callable, **changes: Any) -> "Slice":
         return dataclasses.replace(

@@ -205,6 +205,10 @@ def _run(job: _Job, images, outputs, about, progress, checkpoint) -> Slice:
     seen = done
     for batch in batches(job.graph, images, job.batch_size, done):
         start, seen = seen, seen + batch.real
+        if outputs is not None and len(outputs) < seen:
+            raise ValueError(
+                f"outputs must have one row for each of at least {seen} images, not {len(outputs)}"
+            )
         _check_span(batch.images, job.span)
         chosen = None if outputs is None else outputs[start:seen]
         piece = _walk_some(job, batch.images, batch.real, chosen)
@@ -250,6 +254,8 @@ def _criterion(graph: Graph, outputs: Any, total: int | None) -> np.ndarray | No
             f"outputs must be class indices [N] or [N, k], not {outputs.dtype} of shape "
             f"{outputs.shape}"
         )
+    if outputs.ndim == 2 and not outputs.shape[1]:
+        raise ValueError("outputs [N, k] must name at least one class for each image")
     if outputs.size and (outputs.min() < 0 or outputs.max() >= classes):
         raise ValueError(
             f"outputs must be class indices below {classes}, the model's number of classes; "
@@ -266,6 +272,9 @@ def _check_span(images: Any, span: tuple[float, float]) -> None:
     """Raises ValueError where images lie on another scale than those profiled."""
     (low, high), least, most = span, float(images.min()), float(images.max())
     slack = high - low
+    # Token ids and blank images have no scale.
+    if not slack or not jnp.issubdtype(images.dtype, jnp.floating):
+        return
     if most > high + slack or least < low - slack:
         raise ValueError(
             f"images range over {least:g}..{most:g}, those profiled over {low:g}..{high:g}; "
