@@ -17,7 +17,7 @@ from nnslicer_jax import movement
 from nnslicer_jax.batches import across_devices, batches
 from nnslicer_jax.fold import evaluate, leaves, record, unbatched
 from nnslicer_jax.graph import Graph
-from nnslicer_jax.profile import Profile, means_by_value
+from nnslicer_jax.profile import Profile, means_by_value, positions
 from nnslicer_jax.slices import Slice
 
 FILLS = ("mean", "zero")
@@ -91,8 +91,7 @@ def mask_network(
     for name, neuron in graph.neurons().items():
         if name == "input" or neuron.value > graph.logits:
             continue
-        positions = tuple(a for a in range(len(neuron.shape)) if a != neuron.channel)
-        on = (piece.neurons[name] != 0).any(positions, keepdims=True).astype(np.float32)
+        on = (piece.neurons[name] != 0).any(positions(neuron), keepdims=True).astype(np.float32)
         if neuron.value == graph.logits:
             on = np.ones_like(on)
         mean: Any = np.float32(0)
