@@ -2,7 +2,7 @@
 
 from nnslicer_jax import zoo
 from nnslicer_jax.cost import Estimate, estimate
-from nnslicer_jax.fold import evaluate
+from nnslicer_jax.evaluation import evaluate
 from nnslicer_jax.graph import Graph, Neuron, UnsupportedError, trace
 from nnslicer_jax.masked import Masked, agreement, mask_network
 from nnslicer_jax.profile import Profile, load_profile, profile

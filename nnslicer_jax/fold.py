@@ -10,12 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnslicer_jax import operations
 from nnslicer_jax.convolution import convolve
 from nnslicer_jax.graph import Graph, Neuron, Node, UnsupportedError, is_batched
 
 Env = list[Any]  # value id -> whatever the interpretation carries
-Edits = Mapping[str, Callable[[jax.Array], jax.Array]]  # neuron name -> edit of its activation
 
 
 class Rules:
@@ -121,7 +119,7 @@ def backward(
     return total
 
 
-def _run(node: Node, *args: jax.Array) -> tuple[jax.Array, ...]:
+def run(node: Node, *args: jax.Array) -> tuple[jax.Array, ...]:
     """The node itself; a convolution in the faster of its two forms."""
     if node.key == "conv_general_dilated":
         lhs, rhs = args
@@ -129,50 +127,21 @@ def _run(node: Node, *args: jax.Array) -> tuple[jax.Array, ...]:
     return node.bind(*args)
 
 
-EVALUATE = Rules("evaluate", default=_run)
+EVALUATE = Rules("evaluate", default=run)
 
 
-def record(graph: Graph, params: Any, sample: jax.Array, edits: Edits | None = None) -> Env:
+def record(graph: Graph, params: Any, sample: jax.Array) -> Env:
     """Every value of the model on one sample.
 
     Args:
       graph: The traced model.
       params: The parameters, structured as they were traced.
       sample: One sample, without batch axis.
-      edits: Neuron name to a function of its activation (of one sample, without batch axis).
 
     Returns:
       The array at each value id, in its traced shape.
     """
-    rules, changes = EVALUATE, {}
-    if edits:
-        rules = _EDITED
-        neurons = graph.neurons()
-        changes = {neurons[n].value: _on_sample(neurons[n], edit) for n, edit in edits.items()}
-    return forward(graph, rules, [*leaves(graph, params), sample[None]], changes)
-
-
-# An edit inside the body of a custom derivative must show in its output, so there the body's
-# values count, and the derivative is the body's own.
-_EDITED = Rules("evaluate with edits", default=_run)
-
-
-@_EDITED.register(operations.CUSTOM_DERIVATIVE)
-def _body_outputs(node: Node, *args: jax.Array) -> tuple[jax.Array, ...]:
-    return args[len(args) - len(node.outputs) :]
-
-
-def _on_sample(neuron: Neuron, edit: Callable) -> Callable[[jax.Array], jax.Array]:
-    def edited(activation: jax.Array) -> jax.Array:
-        found = edit(unbatched(activation))
-        if jnp.shape(found) != neuron.shape:
-            raise ValueError(
-                f"the edit of {neuron.name} must return shape {neuron.shape}, not "
-                f"{jnp.shape(found)}"
-            )
-        return found.reshape(activation.shape)
-
-    return edited
+    return forward(graph, EVALUATE, [*leaves(graph, params), sample[None]])
 
 
 def unbatched(activation: jax.Array) -> jax.Array:
@@ -198,41 +167,6 @@ def leaves(graph: Graph, params: Any) -> list[Any]:
         if tuple(jnp.shape(leaf)) != traced:
             raise ValueError(f"params {name} has shape {jnp.shape(leaf)}, traced as {traced}")
     return [leaf for _, leaf in found]
-
-
-def evaluate(
-    graph: Graph, params: Any, x: jax.Array, edits: Edits | None = None
-) -> tuple[Any, dict[str, jax.Array]]:
-    """The model itself, with every activation recorded and `edits` applied.
-
-    Pure and traceable: put it under `jit`, `grad`, `vmap` or a sharding. Activations that the
-    caller drops cost nothing under `jit`.
-
-    Args:
-      graph: The traced model.
-      params: The parameters, structured as they were traced.
-      x: `[B, ...]`, samples of the traced shape, any B of at least one.
-      edits: Neuron name to a function of one sample's activation (shape as `graph.neurons()`
-        lists it) that returns what to put in its place. Gates and ablations are edits.
-
-    Returns:
-      What the model returns, and the activations `[B, ...]` by neuron name.
-
-    Raises:
-      ValueError: For a wrong shape, an unknown neuron, or params of another structure.
-    """
-    check_batch(graph, x)
-    check_names(graph, edits or {})
-    neurons = graph.neurons()
-
-    def one(sample: jax.Array) -> tuple[list[jax.Array], dict[str, jax.Array]]:
-        env = record(graph, params, sample, edits)
-        outs = [unbatched(env[i]) for i in graph.outputs]
-        return outs, {name: unbatched(env[n.value]) for name, n in neurons.items()}
-
-    outs, activations = jax.vmap(one)(x)
-    # vmap returns a dictionary in the order of its keys; this is the order of execution.
-    return jax.tree.unflatten(graph.out_tree, outs), {name: activations[name] for name in neurons}
 
 
 def check_batch(graph: Graph, x: Any) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 
 from nnslicer_jax import movement
 from nnslicer_jax.batches import across_devices, batches
-from nnslicer_jax.fold import evaluate, leaves, record, unbatched
+from nnslicer_jax.evaluation import evaluate
+from nnslicer_jax.fold import leaves, record, unbatched
 from nnslicer_jax.graph import Graph
 from nnslicer_jax.profile import Profile, means_by_value, positions
 from nnslicer_jax.slices import Slice

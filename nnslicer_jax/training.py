@@ -17,7 +17,7 @@ import optax
 
 from nnslicer_jax import checkpoint
 from nnslicer_jax.data import Dataset
-from nnslicer_jax.fold import evaluate
+from nnslicer_jax.evaluation import evaluate
 from nnslicer_jax.graph import trace
 from nnslicer_jax.progress import Progress
 
