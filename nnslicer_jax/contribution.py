@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnslicer_jax import host_selection, movement, operations
+from nnslicer_jax import host_selection, movement, operations, passes
 from nnslicer_jax.fold import Env, Rules
 from nnslicer_jax.graph import Graph, Node, UnsupportedError
 from nnslicer_jax.products import inverse, product
@@ -103,15 +103,15 @@ def edges(
         return to_rows, to_columns
     if selection.host:
         return host_selection.edges(rows, columns, back, selection)
+    if selection.rule != "signed":
+        return passes.edges(rows, columns, back, selection)
 
     across = columns.swapaxes(-1, -2)
 
     def positions(operands: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         some, signs = operands
         terms = some[:, :, None, :] * across[:, None]
-        stay = kept(terms, selection)
-        edge = stay if selection.rule == "largest" else jnp.where(stay, sign(terms), 0)
-        edge = edge * signs[..., None]
+        edge = jnp.where(kept(terms, selection), sign(terms), 0) * signs[..., None]
         return edge.sum(2), edge.sum(1)
 
     g, p, k = rows.shape

@@ -22,12 +22,14 @@ class Estimate(NamedTuple):
     """Cost of slicing.
 
     Attributes:
+      products: Weighted sums of the model: its convolutions and matrix products.
       terms: Products of an activation and a weight, per sample.
       bytes: Memory a walk holds, per sample.
       seconds: Time, per sample.
       batch_size: Samples whose memory fits the budget, at least one.
     """
 
+    products: int
     terms: int
     bytes: int
     seconds: float
@@ -67,7 +69,7 @@ def estimate(
     if theta > 0:
         seconds += terms / 2 / _selections_per_second(rule)
     size = max(1, min(_MOST_SAMPLES, memory // max(held, 1)))
-    return Estimate(terms, held, seconds, size)
+    return Estimate(len(shapes), terms, held, seconds, size)
 
 
 def is_product(graph: Graph, node) -> bool:

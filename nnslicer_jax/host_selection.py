@@ -8,7 +8,9 @@ ordered and summed in tiles, on one thread per core.
 
 import concurrent.futures
 import functools
+import itertools
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -64,43 +66,50 @@ def _workers() -> concurrent.futures.ThreadPoolExecutor:
 def _edges(rule: str, *operands: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     rows, columns, back, theta = (np.asarray(a) for a in operands)
     limit = float(theta.reshape(-1)[0])
-    lead = np.broadcast_shapes(rows.shape[:-2], columns.shape[:-2], back.shape[:-2])
-    count = int(np.prod(lead))
-    rows, columns, back = (
-        np.broadcast_to(a, (*lead, *a.shape[-2:])) for a in (rows, columns, back)
+    lead = np.broadcast_shapes(rows.shape[:-3], columns.shape[:-3], back.shape[:-3])
+    rows, back = (
+        np.broadcast_to(a, (*lead, *a.shape[-3:])).reshape(-1, *a.shape[-3:]) for a in (rows, back)
     )
-    (p, k), o = rows.shape[-2:], columns.shape[-1]
-    to_rows = np.zeros((count, p, k), np.int32)
-    to_columns = np.zeros((count, o, k), np.int32)
-    parts = min(o, max(1, threads() // count))
-    limits = [o * i // parts for i in range(parts + 1)]
-    partial = np.zeros((parts - 1, count, p, k), np.int32)
+    if columns.size > np.prod(columns.shape[-3:]):
+        columns = np.broadcast_to(columns, (*lead, *columns.shape[-3:]))
+    columns = columns.reshape(-1, *columns.shape[-3:])
+    (samples, groups, p, k), o = rows.shape, columns.shape[-1]
+    to_rows = np.zeros((samples, groups, p, k), np.int32)
+    to_columns = np.zeros((samples, groups, o, k), np.int32)
+    # Samples under the same weights go together; too few of them for all threads are cut.
+    runs = _cuts(samples, threads() if len(columns) == 1 else samples)
+    parts = -(-threads() // (len(runs) * groups))
+    tops, lefts = (_cuts(p, parts), [slice(o)]) if p > o else ([slice(p)], _cuts(o, parts))
+    adding = threading.Lock()
 
-    def work(task: tuple[int, int]) -> None:
-        i, part = task
-        at = np.unravel_index(i, lead)
-        some = slice(limits[part], limits[part + 1])
-        _product(
-            rule, limit, np.ascontiguousarray(rows[at]), columns[at][:, some], back[at][:, some],
-            to_rows[i] if part == 0 else partial[part - 1, i], to_columns[i, some],
-        )  # fmt: skip
+    def work(task: tuple[slice, int, slice, slice]) -> None:
+        run, g, top, left = task
+        weights = columns[min(run.start, len(columns) - 1), g, :, left]
+        found = _product(rule, limit, rows[run, g, top], weights, back[run, g, top, left])
+        with adding:
+            to_rows[run, g, top] += found[0]
+            to_columns[run, g, left] += found[1]
 
-    tasks = [(i, part) for i in range(count) for part in range(parts)]
-    for _ in _workers().map(work, tasks):
+    for _ in _workers().map(work, itertools.product(runs, range(groups), tops, lefts)):
         pass
-    to_rows += partial.sum(0, dtype=np.int32)
     columns_out = to_columns.swapaxes(-1, -2)
-    return to_rows.reshape(*lead, p, k), columns_out.reshape(*lead, k, o)
+    return to_rows.reshape(*lead, groups, p, k), columns_out.reshape(*lead, groups, k, o)
+
+
+def _cuts(size: int, parts: int) -> list[slice]:
+    """`size` things in at most `parts` runs of nearly one length."""
+    parts = min(size, parts)
+    return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
 
 
 def _product(
-    rule: str, theta: float, rows: np.ndarray, columns: np.ndarray, back: np.ndarray,
-    to_rows: np.ndarray, to_columns: np.ndarray,
-) -> None:  # fmt: skip
-    """One product: `rows` [P, K], `columns` [K, O], `back` [P, O]; adds to the last two."""
-    p, k = rows.shape
+    rule: str, theta: float, rows: np.ndarray, columns: np.ndarray, back: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`rows` [S, P, K], `columns` [K, O], `back` [S, P, O] -> int32 [S, P, K] and [S, O, K]."""
+    s, p, k = rows.shape
     o = columns.shape[1]
     weights = np.ascontiguousarray(columns.T)
+    to_rows, to_columns = np.zeros((s, p, k), np.int32), np.zeros((s, o, k), np.int32)
     # An edge's sign is the product of its factors' signs. "largest" counts every edge as +1.
     signs = [np.sign(a).astype(np.int8) for a in (rows, weights, back)]
     if rule == "largest":
@@ -108,26 +117,30 @@ def _product(
     sign_rows, sign_weights, sign_back = signs
     wide = max(1, min(o, _MOST, _TILE // k))
     tall = max(1, min(p, _MOST, _TILE // (k * wide)))
-    for top in range(0, p, tall):
-        for left in range(0, o, wide):
-            block = sign_back[top : top + tall, left : left + wide]
-            at_row, at_column = np.nonzero(block)
-            if not len(at_row):
-                continue
-            row, column = top + at_row, left + at_column
-            terms = rows[row]
-            terms *= weights[column]
-            edge = _stay(terms, rule, theta).view(np.int8)
-            edge *= sign_rows[row]
-            edge *= sign_weights[column]
-            edge *= block[at_row, at_column][:, None]
-            if len(at_row) < block.size:
-                tile = np.zeros((block.size, k), np.int8)
-                tile[at_row * block.shape[1] + at_column] = edge
-                edge = tile
-            tile = edge.reshape(*block.shape, k)
-            to_rows[top : top + tall] += tile.sum(1, dtype=np.int8)
-            to_columns[left : left + wide] += tile.sum(0, dtype=np.int8)
+    deep = max(1, min(s, _TILE // (k * wide * tall)))
+    for first, top, left in itertools.product(
+        range(0, s, deep), range(0, p, tall), range(0, o, wide)
+    ):
+        at = slice(first, first + deep), slice(top, top + tall), slice(left, left + wide)
+        block = sign_back[at]
+        sample, row, column = places = np.nonzero(block)
+        if not len(sample):
+            continue
+        row_at = sample + first, row + top
+        terms = rows[row_at]
+        terms *= weights[column + left]
+        edge = _stay(terms, rule, theta).view(np.int8)
+        edge *= sign_rows[row_at]
+        edge *= sign_weights[column + left]
+        edge *= block[places][:, None]
+        if len(sample) < block.size:
+            tile = np.zeros((block.size, k), np.int8)
+            tile[np.ravel_multi_index(places, block.shape)] = edge
+            edge = tile
+        tile = edge.reshape(*block.shape, k)
+        to_rows[at[0], at[1]] += tile.sum(2, dtype=np.int8)
+        to_columns[at[0], at[2]] += tile.sum(1, dtype=np.int8)
+    return to_rows, to_columns
 
 
 def kept(terms: np.ndarray, rule: str, theta: float) -> np.ndarray:

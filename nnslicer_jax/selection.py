@@ -11,7 +11,8 @@ ordered before tau:
   the total is not positive, the largest term alone.
 
 Where no tau does, every term stays. Equal terms stay or go together, and a term of 0 never
-stays. `kept` states this in plain JAX; `host_selection` is the same on NumPy's vectorised sort.
+stays. `kept` states this for any terms. For the many of a product, `host_selection` is the same
+on NumPy's vectorised sort, and `passes` does without sorting under "mass" and "largest".
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class Selection(NamedTuple):
     Attributes:
       rule: "signed", "mass" or "largest".
       theta: Scalar, 0..1, or None to keep every non-zero term.
-      host: Whether products of many terms are selected on the host.
+      host: Whether products are selected on the host.
     """
 
     rule: str

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,11 @@ from nnslicer_jax.slices import Slice, load_slice
 SELECT = ("auto", "host", "device")
 # Seconds between two saves of progress.
 _SAVE_EVERY = 60
+# Terms of a product for which compiling its passes takes no more time than they save: a second
+# to 3 ns a term.
+_PAYS = 3e8
+# Images by which a resumed call is known to be the same.
+_MARKED = 256
 
 
 class Walk(NamedTuple):
@@ -86,10 +92,12 @@ def slice_network(
         `[N, k]` (CONTRIB 1 on each), or None for the predicted class.
       theta: Size of the slice, 0..1: 0 keeps every term, more keeps fewer.
       rule: "signed" (the paper's) or "mass" (terms do not cancel when theta is applied).
-      per_sample: Keep samples apart instead of summing them.
+      per_sample: Keep samples apart instead of summing them. All are held in memory: for
+        very many, call this batch by batch.
       batch_size: Samples walked at once, which bounds memory; None chooses by `estimate`.
-      select: Where theta is applied: "host" (NumPy's sort through a callback; needs CPU
-        arrays at hand), "device" (plain JAX), or "auto", host on a CPU.
+      select: Where theta is applied: "host" (NumPy's sort through a callback; needs CPU arrays
+        at hand), "device" (plain JAX), or "auto": on a CPU the host, but for so many images that
+        compiling the passes of "mass" pays.
       progress: Print a line of progress to standard error.
       checkpoint: File to save progress in about once a minute; where it holds progress of the
         same call, that is resumed. Not with `per_sample`.
@@ -103,7 +111,9 @@ def slice_network(
     """
     if rule not in ("signed", "mass"):
         raise ValueError(f"rule must be signed or mass, not {rule!r}")
-    job = _job(graph, params, contribution.RULES, rule, theta, per_sample, batch_size, select)
+    job = _job(
+        graph, params, images, contribution.RULES, rule, theta, per_sample, batch_size, select
+    )
     job = job._replace(means=means_by_value(graph, profile), span=(profile.low, profile.high))
     about = {"method": "nnslicer", "rule": rule, "theta": theta, "baseline": profile.baseline}
     return _run(job, images, outputs, about, progress, checkpoint)
@@ -144,7 +154,7 @@ def effective_path(
       ValueError: For an option, class index or shape that is not accepted.
       UnsupportedError: For an operation without a rule; it names operation and module.
     """
-    job = _job(graph, params, PATH_RULES, "largest", theta, per_sample, batch_size, select)
+    job = _job(graph, params, images, PATH_RULES, "largest", theta, per_sample, batch_size, select)
     about = {"method": "effective path", "theta": theta}
     return _run(job, images, outputs, about, progress, checkpoint)
 
@@ -161,7 +171,7 @@ class _Job(NamedTuple):
     span: tuple[float, float]
 
 
-def _job(graph, params, rules, rule, theta, per_sample, batch_size, select) -> _Job:
+def _job(graph, params, images, rules, rule, theta, per_sample, batch_size, select) -> _Job:
     if not 0 <= theta <= 1:
         raise ValueError(f"theta must be in 0..1, not {theta}")
     if select not in SELECT:
@@ -172,9 +182,13 @@ def _job(graph, params, rules, rule, theta, per_sample, batch_size, select) -> _
     leaves(graph, params)
     check_params(params)
     filtered = rule == "largest" or theta > 0
-    host = select == "host" or (select == "auto" and jax.default_backend() == "cpu")
+    cost = estimate(graph, theta if filtered else 0.0, rule)
+    host = select == "host"
+    if select == "auto" and jax.default_backend() == "cpu":
+        total = count(images) or math.inf
+        host = rule == "signed" or total * cost.terms < cost.products * _PAYS
     if batch_size is None:
-        batch_size = estimate(graph, theta if filtered else 0.0, rule).batch_size
+        batch_size = cost.batch_size
     shared = len(devices())
     if batch_size % shared:
         shared = 1
@@ -196,7 +210,7 @@ def _run(job: _Job, images, outputs, about, progress, checkpoint) -> Slice:
             before = load_slice(checkpoint)
             if before.criterion.get("fingerprint") != mark:
                 raise ValueError(f"{checkpoint} holds the progress of another call; remove it")
-            made, done = [before], before.count
+            made, done = [dataclasses.replace(before, criterion={})], before.count
     line = Progress("sliced", total, "images", done) if progress else None
     if line:
         cost = estimate(job.graph, job.theta if job.walk.filtered else 0.0, job.walk.rule)
@@ -283,10 +297,11 @@ def _check_span(images: Any, span: tuple[float, float]) -> None:
 
 
 def _fingerprint(job: _Job, images: Any, outputs: Any, about: dict[str, Any]) -> str:
-    """What must be equal for progress to be resumed; of the images, the ends of an array."""
-    mark = hashlib.sha256(json.dumps([about, count(images), job.walk.rule]).encode())
-    if count(images):
-        mark.update(np.asarray(images[:1]).tobytes() + np.asarray(images[-1:]).tobytes())
+    """What must be equal for progress to be resumed; of an array's images, some throughout."""
+    total = count(images)
+    mark = hashlib.sha256(json.dumps([about, total, job.walk.rule]).encode())
+    for at in np.linspace(0, total - 1, min(total, _MARKED), dtype=int) if total else ():
+        mark.update(np.asarray(images[at]).tobytes())
     for leaf in (*leaves(job.graph, job.params), *job.means.values()):
         mark.update(np.ascontiguousarray(leaf).tobytes())
     mark.update(b"" if outputs is None else outputs.tobytes())

@@ -1,22 +1,20 @@
 """Which terms of a sum stay, against the definition tried out on every candidate."""
 
-import functools
 from collections.abc import Sequence
 from fractions import Fraction
 
 import hypothesis as hp
 import hypothesis.strategies as st
-import jax
 import numpy as np
 import pytest
 
 import nnslicer_jax as nns
-from nnslicer_jax import host_selection, selection
+from nnslicer_jax import host_selection, passes, selection, slicing
 from nnslicer_jax.selection import Selection
 from tests import nets, zoo
+from tests.kept import RULES, WAYS, on_host, stated, ways
 
 SETTINGS = hp.settings(max_examples=20, deadline=None, derandomize=True)
-RULES = ["signed", "mass", "largest"]
 COUNTS = [1, 2, 3, 9, 16, 17, 33, 64, 129, 255, 256, 300]
 THETAS = st.integers(1, 64).map(lambda n: n / 64)
 
@@ -39,19 +37,6 @@ def definition(terms: Sequence[int], rule: str, theta: Fraction) -> list[bool]:
     return [t != 0 for t in terms]
 
 
-@functools.cache
-def _compiled(rule: str, few: int):
-    return jax.jit(lambda terms, theta: selection.kept(terms, Selection(rule, theta)))
-
-
-def on_device(terms: np.ndarray, rule: str, theta: float) -> np.ndarray:
-    return np.asarray(_compiled(rule, selection._FEW)(terms, np.float32(theta)))
-
-
-def on_host(terms: np.ndarray, rule: str, theta: float) -> np.ndarray:
-    return host_selection.kept(terms, rule, theta)
-
-
 def whole_rows(seed: int, count: int, most: int) -> np.ndarray:
     """Rows of integers up to `most`: mixed, of one sign, few but zeros, zeros alone."""
     rng = np.random.default_rng([seed, count, most])
@@ -66,8 +51,7 @@ def whole_rows(seed: int, count: int, most: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("where", [on_device, on_host])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule, where", WAYS)
 def test_whole_terms_stay_by_definition(rule, where, count):
     @hp.given(st.integers(0, 2**31 - 1), st.sampled_from([1, 3, 20]), THETAS)
     @SETTINGS
@@ -88,7 +72,7 @@ def test_terms_of_many_sizes_stay_by_definition(rule):
     terms = (rng.integers(-999, 1000, (4, 300)) * 2.0 ** rng.integers(0, 4, (4, 300))).astype("f")
     for theta in (0.125, 0.5, 0.875):
         expected = [definition([int(t) for t in row], rule, Fraction(theta)) for row in terms]
-        for where in (on_device, on_host):
+        for where in ways(rule):
             assert where(terms, rule, theta).tolist() == expected
 
 
@@ -100,7 +84,7 @@ def test_comparing_pairs_equals_sorting(rule, monkeypatch):
             found = []
             for few in (0, 1000):
                 monkeypatch.setattr(selection, "_FEW", few)
-                found.append(on_device(terms, rule, theta))
+                found.append(stated(terms, rule, theta))
             np.testing.assert_array_equal(*found)
 
 
@@ -115,7 +99,7 @@ def test_no_theta_keeps_what_is_not_zero(rule):
 def test_theta_0_keeps_what_is_not_zero(rule):
     for count in (5, 40):
         terms = whole_rows(0, count, 3)
-        for where in (on_device, on_host):
+        for where in ways(rule):
             np.testing.assert_array_equal(where(terms, rule, 0.0), terms != 0)
 
 
@@ -123,16 +107,16 @@ def test_theta_0_keeps_what_is_not_zero(rule):
 def test_leading_axes_are_sums_of_their_own(rule):
     for count in (6, 30):
         terms = np.stack([whole_rows(seed, count, 5) for seed in range(3)])
-        together = on_device(terms, rule, 0.25)
+        together = stated(terms, rule, 0.25)
         for part, stay in zip(terms, together, strict=True):
-            np.testing.assert_array_equal(on_device(part, rule, 0.25), stay)
+            np.testing.assert_array_equal(stated(part, rule, 0.25), stay)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
 def test_scale_does_not_matter(rule, factor):
     terms = whole_rows(1, 40, 20)
-    for where in (on_device, on_host):
+    for where in ways(rule):
         np.testing.assert_array_equal(
             where(terms * np.float32(factor), rule, 0.25), where(terms, rule, 0.25)
         )
@@ -142,7 +126,7 @@ def test_scale_does_not_matter(rule, factor):
 @pytest.mark.parametrize("count", [12, 200, 600])
 def test_device_and_host_agree_on_normal_terms(rule, count):
     terms = np.random.default_rng(count).normal(size=(500, count)).astype(np.float32)
-    same = on_device(terms, rule, 0.2) == on_host(terms, rule, 0.2)
+    same = stated(terms, rule, 0.2) == on_host(terms, rule, 0.2)
     assert same.mean() >= 0.999
 
 
@@ -215,3 +199,26 @@ def test_slices_of_any_numbers_agree(name, rule):
             same += np.sum(ours[key] == theirs[key])
             total += ours[key].size
     assert same / total >= 0.999
+
+
+def test_many_images_are_selected_in_passes_without_being_asked(monkeypatch):
+    case = nets.EXACT["lenet"]()
+    images = case.images(4)
+    graph = nns.trace(case.apply, case.params, images[:1])
+    profile = nns.profile(graph, case.params, images)
+    taken = []
+
+    def spy(rows, columns, back, how):
+        taken.append(rows.shape)
+        return found(rows, columns, back, how)
+
+    found = passes.edges
+    monkeypatch.setattr(passes, "edges", spy)
+    pieces = []
+    for pays in (1e18, 0):
+        monkeypatch.setattr(slicing, "_PAYS", pays)
+        taken.clear()
+        pieces.append(nns.slice_network(graph, case.params, profile, images, rule="mass"))
+        assert bool(taken) == (pays == 0)
+    for name, contrib in pieces[0].synapses.items():
+        np.testing.assert_array_equal(pieces[1].synapses[name], contrib, err_msg=name)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import nnslicer_jax as nns
-from nnslicer_jax import host_selection, selection
 from tests import nets
+from tests.kept import WAYS
 from tests.naive import slicing as naive
 
 SETTINGS = hp.settings(max_examples=25, deadline=None, derandomize=True)
@@ -57,27 +57,15 @@ def whole_terms(count: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(-9, 9), min_size=count, max_size=count)
 
 
-@functools.cache
-def on_device(rule: str):
-    return jax.jit(lambda t, theta: selection.kept(t, selection.Selection(rule, theta)))
-
-
-def on_host(rule: str):
-    return lambda t, theta: host_selection.kept(np.ascontiguousarray(t), rule, theta)
-
-
 # Few terms are compared pair by pair, many are sorted.
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 40])
-@pytest.mark.parametrize("where", [on_device, on_host])
-@pytest.mark.parametrize("rule", ["signed", "mass", "largest"])
+@pytest.mark.parametrize("rule, where", WAYS)
 def test_kept_terms_equal_the_oracle(rule, where, count):
-    kept = where(rule)
-
     @hp.given(st.lists(whole_terms(count), min_size=3, max_size=3),
               st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0]))  # fmt: skip
     @SETTINGS
     def check(rows, theta):
-        found = np.asarray(kept(np.array(rows, np.float32), np.float32(theta)))
+        found = np.asarray(where(np.array(rows, np.float32), rule, theta))
         for row, stay in zip(rows, found, strict=True):
             terms = [float(t) for t in row]
             if rule == "largest":
@@ -100,14 +88,12 @@ def _many_terms(seed: int, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", [255, 256, 777])
-@pytest.mark.parametrize("where", [on_device, on_host])
-@pytest.mark.parametrize("rule", ["signed", "mass", "largest"])
+@pytest.mark.parametrize("rule, where", WAYS)
 def test_many_kept_terms_equal_the_oracle(rule, where, count):
-    kept = where(rule)
     for seed in range(4):
         rows = _many_terms(seed, count)
         for theta in (0.125, 0.5, 0.875, 1.0):
-            found = np.asarray(kept(rows, np.float32(theta)))
+            found = np.asarray(where(rows, rule, theta))
             for row, stay in zip(rows, found, strict=True):
                 terms = row.tolist()
                 if rule == "largest":
@@ -117,10 +103,8 @@ def test_many_kept_terms_equal_the_oracle(rule, where, count):
                 assert stay.tolist() == expected, (seed, theta)
 
 
-@pytest.mark.parametrize("where", [on_device, on_host])
-@pytest.mark.parametrize("rule", ["signed", "mass"])
+@pytest.mark.parametrize("rule, where", [way for way in WAYS if way[0] != "largest"])
 def test_kept_terms_are_nested_in_theta(rule, where):
-    kept = where(rule)
     numbers = st.floats(-100, 100, width=32, allow_subnormal=False)
 
     @hp.given(st.lists(numbers, min_size=20, max_size=20), st.lists(
@@ -130,7 +114,7 @@ def test_kept_terms_are_nested_in_theta(rule, where):
         terms = np.array([terms], np.float32)
         before = terms != 0  # what theta = 0 keeps
         for theta in sorted(thetas):
-            now = np.asarray(kept(terms, np.float32(theta)))
+            now = np.asarray(where(terms, rule, theta))
             assert not (now & ~before).any()
             before = now
 
