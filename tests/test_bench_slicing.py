@@ -43,7 +43,8 @@ def metrics(rows):
 def test_everything_is_measured(rows):
     found = metrics(rows)
     assert len(found) == len(rows)
-    labels = ["backward, theta 0", "backward, mass, theta 0.2", "backward, signed, theta 0.2"]
+    kinds = ("theta 0", "mass, theta 0.2", "mass in passes, theta 0.2", "signed, theta 0.2")
+    labels = [f"backward, {kind}" for kind in kinds]
     for label in [*labels, "EffectivePath, theta 0.5", "forward analysis"]:
         for size, what in ((1, "one image"), (2, "batch of 2")):
             row = found[f"{label}, {what}"]
