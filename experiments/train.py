@@ -19,26 +19,7 @@ from absl import app, flags, logging
 from nnslicer_jax import data, models, training, zoo
 from nnslicer_jax.data import files
 
-FLAGS = flags.FLAGS
 _DEFAULTS = training.TrainingOptions()
-
-flags.DEFINE_enum("model", None, sorted(models.MODELS), "Network to train.", required=True)
-flags.DEFINE_enum("data", None, sorted(data.DATASETS), "Data set to train on.", required=True)
-flags.DEFINE_string("data_dir", None, "Folder searched first for the data set.")
-flags.DEFINE_string("out", None, "Folder for the weights and the card; the user's cache if unset.")
-flags.DEFINE_string("checkpoint_dir", None, "Folder for checkpoints; the user's cache if unset.")
-flags.DEFINE_integer("checkpoint_every", 200, "Steps between checkpoints.", lower_bound=1)
-flags.DEFINE_integer("log_every", 50, "Steps between progress lines.", lower_bound=1)
-flags.DEFINE_integer("epochs", _DEFAULTS.epochs, "Passes over the training images.")
-flags.DEFINE_integer("batch_size", _DEFAULTS.batch_size, "Images a step.")
-flags.DEFINE_float("learning_rate", _DEFAULTS.learning_rate, "Highest of the schedule.")
-flags.DEFINE_enum("schedule", _DEFAULTS.schedule, ["one_cycle", "cosine"], "Of the learning rate.")
-flags.DEFINE_float("momentum", _DEFAULTS.momentum, "Of Nesterov's method.")
-flags.DEFINE_float("weight_decay", _DEFAULTS.weight_decay, "L2, on kernels.")
-flags.DEFINE_float("label_smoothing", _DEFAULTS.label_smoothing, "Share spread over all classes.")
-flags.DEFINE_integer("crop", _DEFAULTS.crop, "Pixels of border for random crops.")
-flags.DEFINE_bool("flip", _DEFAULTS.flip, "Mirror half of the images.")
-flags.DEFINE_integer("seed", _DEFAULTS.seed, "Of weights, data order, augmentation and dropout.")
 
 
 def weights_name(model: str, dataset: str) -> str:
@@ -132,24 +113,47 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     # The checkpoint library reports every file that it writes.
     logging.set_verbosity(logging.WARNING)
-    name = weights_name(FLAGS.model, FLAGS.data)
+    given = flags.FLAGS
+    name = weights_name(given.model, given.data)
     fields = dataclasses.fields(_DEFAULTS)
     try:
         card = run(
-            FLAGS.model,
+            given.model,
             training.TrainingOptions(
-                **{field.name: getattr(FLAGS, field.name) for field in fields}
+                **{field.name: getattr(given, field.name) for field in fields}
             ),
-            data.load(FLAGS.data, FLAGS.data_dir),
-            out=FLAGS.out or zoo.weights_folder(),
-            checkpoint_dir=FLAGS.checkpoint_dir or files.cache_folder() / "training" / name,
-            checkpoint_every=FLAGS.checkpoint_every,
-            log_every=FLAGS.log_every,
+            data.load(given.data, given.data_dir),
+            out=given.out or zoo.weights_folder(),
+            checkpoint_dir=given.checkpoint_dir or files.cache_folder() / "training" / name,
+            checkpoint_every=given.checkpoint_every,
+            log_every=given.log_every,
         )
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(str(error))
     print(f"{card['name']}: test accuracy {card['test_accuracy']:.4f}")
 
 
+def _define_flags() -> None:
+    # Flags are global, and every command has an --out: defined here, modules import side by side.
+    flags.DEFINE_enum("model", None, sorted(models.MODELS), "Network to train.", required=True)
+    flags.DEFINE_enum("data", None, sorted(data.DATASETS), "To train on.", required=True)
+    flags.DEFINE_string("data_dir", None, "Folder searched first for the data set.")
+    flags.DEFINE_string("out", None, "Folder for weights and card; the user's cache if unset.")
+    flags.DEFINE_string("checkpoint_dir", None, "For checkpoints; the user's cache if unset.")
+    flags.DEFINE_integer("checkpoint_every", 200, "Steps between checkpoints.", lower_bound=1)
+    flags.DEFINE_integer("log_every", 50, "Steps between progress lines.", lower_bound=1)
+    flags.DEFINE_integer("epochs", _DEFAULTS.epochs, "Passes over the training images.")
+    flags.DEFINE_integer("batch_size", _DEFAULTS.batch_size, "Images a step.")
+    flags.DEFINE_float("learning_rate", _DEFAULTS.learning_rate, "Highest of the schedule.")
+    flags.DEFINE_enum("schedule", _DEFAULTS.schedule, ["one_cycle", "cosine"], "Of the rate.")
+    flags.DEFINE_float("momentum", _DEFAULTS.momentum, "Of Nesterov's method.")
+    flags.DEFINE_float("weight_decay", _DEFAULTS.weight_decay, "L2, on kernels.")
+    flags.DEFINE_float("label_smoothing", _DEFAULTS.label_smoothing, "Spread over all classes.")
+    flags.DEFINE_integer("crop", _DEFAULTS.crop, "Pixels of border for random crops.")
+    flags.DEFINE_bool("flip", _DEFAULTS.flip, "Mirror half of the images.")
+    flags.DEFINE_integer("seed", _DEFAULTS.seed, "Of weights, order, augmentation, dropout.")
+
+
 if __name__ == "__main__":
+    _define_flags()
     app.run(main)

@@ -72,13 +72,14 @@ def load_profile(path: str | Path) -> Profile:
     Raises:
       ValueError: If the file is missing, truncated, or no profile.
     """
-    means, about = read_tensors(path, "profile")
-    if (
-        not isinstance(about, dict)
-        or set(about) != {"baseline", "count", "low", "high"}
-        or about["baseline"] not in BASELINES
-    ):
-        raise ValueError(f"{path} is not a profile: its header is incomplete")
+    means, about = read_tensors(
+        path, "profile", {"baseline": str, "count": int, "low": (int, float), "high": (int, float)}
+    )
+    if about["baseline"] not in BASELINES or about["count"] < 1:
+        raise ValueError(f"{path} is not a profile: its header is damaged")
+    for name, mean in means.items():
+        if mean.dtype != np.float32:
+            raise ValueError(f"{path} is not a profile: {name} is {mean.dtype}, not float32")
     return Profile(means, **about)
 
 

@@ -74,8 +74,17 @@ class Slice:
         return self._map(lambda v: v.sum(0, dtype=np.int64), per_sample=False)
 
     def __add__(self, other: "Slice") -> "Slice":
-        """The slice of both sets of samples together: CONTRIB adds up."""
+        """The slice of both sets of samples together: CONTRIB adds up.
+
+        Raises:
+          ValueError: If the slices are of different networks, or were made in different ways.
+        """
         self._same(other)
+        if self.criterion != other.criterion:
+            odd = sorted(k for k, v in self.criterion.items() if v != other.criterion.get(k))
+            raise ValueError(
+                f"slices made in different ways do not add up: {', '.join(odd)} differ"
+            )
         if self.per_sample:
             return self._zip(
                 other, lambda a, b: np.concatenate([a, b]), count=self.count + other.count
@@ -192,17 +201,21 @@ def load_slice(path: str | Path) -> Slice:
     Raises:
       ValueError: If the file is missing, truncated, or no slice.
     """
-    arrays, about = read_tensors(path, "slice")
+    arrays, about = read_tensors(
+        path, "slice", {"count": int, "per_sample": bool, "axes": dict, "criterion": dict}
+    )
     parts: dict[str, dict[str, np.ndarray]] = {"synapses": {}, "neurons": {}}
     for key, array in arrays.items():
         kind, _, name = key.partition(":")
         if kind not in parts or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"{path} is not a slice: it holds {key!r}")
+        if about["per_sample"] and array.shape[:1] != (about["count"],):
+            raise ValueError(f"{path} is not a slice of {about['count']} samples: {key!r} is not")
         parts[kind][name] = array
-    try:
-        return Slice(
-            **parts, axes=about["axes"], count=about["count"], per_sample=about["per_sample"],
-            criterion=about["criterion"],
-        )  # fmt: skip
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} is not a slice: its header is incomplete") from None
+    lead = int(about["per_sample"])
+    axes = about["axes"]
+    if set(axes) != set(parts["neurons"]) or not all(
+        axes[name] in range(max(array.ndim - lead, 1)) for name, array in parts["neurons"].items()
+    ):
+        raise ValueError(f"{path} is not a slice: its axes are not those of its neurons")
+    return Slice(parts["synapses"], parts["neurons"], **about)

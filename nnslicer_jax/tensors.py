@@ -20,8 +20,15 @@ def write_tensors(
         save_file(dict(arrays), part, dict(about))
 
 
-def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], Any]:
+def read_tensors(
+    path: str | Path, kind: str, fields: Mapping[str, type | tuple[type, ...]]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads a safetensors file and the JSON its header holds under `kind`.
+
+    Args:
+      path: The file.
+      kind: What it should hold, in a word.
+      fields: What the JSON must have, and of which types.
 
     Raises:
       ValueError: If the file is missing, truncated, or of another kind.
@@ -30,13 +37,20 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], An
         raise ValueError(f"{path} is not a file; expected a {kind} saved as safetensors")
     try:
         with safe_open(path, framework="numpy") as file:
-            about = (file.metadata() or {}).get(kind)
+            header = (file.metadata() or {}).get(kind)
             arrays = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    if about is None:
+    if header is None:
         raise ValueError(f"{path} is a safetensors file, but not of a {kind}")
     try:
-        return arrays, json.loads(about)
+        about = json.loads(header)
     except json.JSONDecodeError:
-        raise ValueError(f"{path} is not a {kind}: its header is damaged") from None
+        about = None
+    if not isinstance(about, dict) or set(about) != set(fields):
+        raise ValueError(f"{path} is not a {kind}: its header is damaged")
+    for name, types in fields.items():
+        # A bool is an int to Python, not here.
+        if not isinstance(about[name], types) or (types is int and isinstance(about[name], bool)):
+            raise ValueError(f"{path} is not a {kind}: its {name} is {about[name]!r}")
+    return arrays, about

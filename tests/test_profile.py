@@ -1,11 +1,13 @@
 """Mean activations, against NumPy in float64."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import nnslicer_jax as nns
 from tests import nets, zoo
@@ -149,6 +151,19 @@ def test_a_profile_is_saved_and_loaded(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "means.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match="cut.safetensors"):
         nns.load_profile(tmp_path / "cut.safetensors")
+
+
+def test_a_profile_with_a_false_header_is_refused(tmp_path):
+    path = tmp_path / "false.safetensors"
+    whole = {"baseline": "channel", "count": 1, "low": 0.0, "high": 1.0}
+    arrays = {"input": np.zeros(3, np.float32)}
+    save_file(arrays, path, {"profile": json.dumps(whole)})
+    assert nns.load_profile(path).count == 1
+    for wrong in ({"count": 0}, {"count": "1"}, {"low": None}, {"baseline": "layer"}, {"more": 1}):
+        save_file(arrays, path, {"profile": json.dumps({**whole, **wrong})})
+        with pytest.raises(ValueError, match="false.safetensors") as caught:
+            nns.load_profile(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_profiles_of_two_shares_add_up():

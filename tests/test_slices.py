@@ -1,6 +1,7 @@
 """Slices as data: kept in files, combined, compared, cut to a size; and slicing resumed."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -82,6 +83,16 @@ def test_foreign_files_are_refused(tmp_path):
     for header in ("{}", "[]", "no JSON", "null", '{"count": 1}'):
         save_file({"synapses:a": numbers.astype(np.int32)}, path, {"slice": header})
         assert_refused(path)
+    whole = {"count": 1, "per_sample": False, "axes": {}, "criterion": {}}
+    save_file({"synapses:a": numbers.astype(np.int32)}, path, {"slice": json.dumps(whole)})
+    assert nns.load_slice(path).size() == (0, 3)
+    for wrong in (
+        {"count": "1"}, {"count": True}, {"per_sample": 1}, {"axes": []}, {"axes": {"b": 0}},
+        {"criterion": None}, {"per_sample": True, "count": 2},
+    ):  # fmt: skip
+        header = json.dumps({**whole, **wrong})
+        save_file({"synapses:a": numbers.astype(np.int32)}, path, {"slice": header})
+        assert_refused(path)
     save_file({"synapses:a": numbers}, path, {"slice": "{}"})  # not of integers
     assert_refused(path)
     save_file({"else:a": numbers.astype(np.int32)}, path, {"slice": "{}"})
@@ -111,6 +122,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 # Sets -------------------------------------------------------------------------------------
+
+
+def test_slices_made_in_different_ways_do_not_add_up():
+    other = dataclasses.replace(made(1), criterion={"method": "nnslicer", "theta": 0.1})
+    with pytest.raises(ValueError, match="theta") as caught:
+        made() + other
+    assert "\n" not in str(caught.value)
 
 
 def test_union_keeps_the_larger_contribution():
