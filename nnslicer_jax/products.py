@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from nnslicer_jax.graph import Node
+from nnslicer_jax.graph import Node, UnsupportedError
 from nnslicer_jax.windows import windows
 
 Move = Callable[[jax.Array], jax.Array]
@@ -61,7 +61,7 @@ def _conv(node: Node, kernel: Shape) -> tuple[Move, Move, Move]:
     q = node.params
     spec = q["dimension_numbers"]
     if q["batch_group_count"] != 1:
-        raise NotImplementedError(f"batch_group_count other than 1 at {node}")
+        raise UnsupportedError(f"slicing: no rule for {node} with a batch_group_count")
     groups = q["feature_group_count"]
     size = [kernel[a] for a in spec.rhs_spec[2:]]
     taps = _count(kernel, spec.rhs_spec[2:])

@@ -359,6 +359,24 @@ def test_operations_without_a_rule(module, name):
     )  # fmt: skip
 
 
+def test_a_convolution_in_batch_groups():
+    def apply(p, x):
+        x = x.reshape(-1, 3, 1)
+        layout = ("NWC", "WIO", "NWC")
+        x = jax.lax.conv_general_dilated(
+            x, p["kernel"], (1,), "VALID", dimension_numbers=layout, batch_group_count=2
+        )
+        return x.reshape(-1, 6)
+
+    params, images = {"kernel": jnp.ones((1, 1, 2))}, np.ones((1, 6), np.float32)
+    graph = nns.trace(apply, params, images)
+    profile = nns.profile(graph, params, images)
+    assert_refused(
+        lambda: nns.slice_network(graph, params, profile, images),
+        "conv_general_dilated", "batch_group_count", error=nns.UnsupportedError,
+    )  # fmt: skip
+
+
 # Evaluation -------------------------------------------------------------------------------
 
 
