@@ -64,9 +64,7 @@ class Node:
 
     Attributes:
       index: Position in `Graph.nodes`.
-      key: What rules are looked up by: the primitive's name; for a call kept whole its own
-        name.
-      name: The primitive's name, or that of the call.
+      key: Its name, which rules are looked up by: the primitive's, or that of a call kept whole.
       primitive: The JAX primitive that computes the node.
       params: Its parameters, as in the jaxpr.
       inputs: Value ids read. A `custom_derivative` node reads its call's operands and then
@@ -78,7 +76,6 @@ class Node:
 
     index: int
     key: str
-    name: str
     primitive: jex.Primitive
     params: Mapping[str, Any]
     inputs: tuple[int, ...]
@@ -99,7 +96,7 @@ class Node:
         return tuple(out) if self.primitive.multiple_results else (out,)
 
     def __str__(self) -> str:
-        return f"{self.name} at {self.scope or 'the top level'}"
+        return f"{self.key} at {self.scope or 'the top level'}"
 
 
 class Neuron(NamedTuple):
@@ -157,7 +154,7 @@ class Graph:
         places = [("input", self.input)]
         for node in self.nodes:
             if self.computes(node):
-                name = "/".join(part for part in (node.scope, node.name) if part)
+                name = "/".join(part for part in (node.scope, node.key) if part)
                 places += [(name, ident) for ident in node.outputs]
         places = [(name, i) for name, i in places if name == "input" or self.values[i].is_float]
         total: dict[str, int] = {}
@@ -321,15 +318,13 @@ class _Tracer:
             return self.splice(quotient, [v.aval for v in eqn.invars], ins, where)
         return self.node(name, eqn, ins, where)
 
-    def node(
-        self, key: str, eqn: Any, ins: list[int], where: str, name: str | None = None
-    ) -> list[int]:
+    def node(self, key: str, eqn: Any, ins: list[int], where: str) -> list[int]:
         data = tuple(self.values[i].data for i in ins)
         param = any(self.values[i].param for i in ins)
         outs = [self.fresh(v.aval, data=any(data), param=param) for v in eqn.outvars]
         self.nodes.append(
-            Node(len(self.nodes), key, name or key, eqn.primitive, eqn.params, tuple(ins),
-                 tuple(outs), data, where)
+            Node(len(self.nodes), key, eqn.primitive, eqn.params, tuple(ins), tuple(outs), data,
+                 where)
         )  # fmt: skip
         return outs
 
