@@ -4,8 +4,9 @@ Qiu, Leng, Guo, Chen, Li, Guo, Zhu: "Adversarial Defense Through Network Profili
 Extraction", CVPR 2019. The walk of NNSlicer with other rules: activations instead of deltas, a
 weighted sum keeps the fewest of its largest terms that reach theta of it, everything kept
 counts as +1. The paper's layers are dense, convolution, ReLU and max pooling; here residual
-adds and average pools are sums of their terms, ties stay together, and what computes element
-by element is passed through.
+adds and average pools are sums of their terms, a scaled or negated value is a sum of one term
+(one of 0 ends the path), ties stay together, and any other function of one value is passed
+through.
 """
 
 from typing import Any
@@ -56,13 +57,18 @@ def _weighted_sum(node, args, outs, back, how):
 
 @RULES.register("add", "add_any", "sub")
 def _sum_of_two(node, args, outs, back, how):
-    if not all(node.data):
-        return fitted([_on(back) if data else None for data in node.data], args)
-    shape = outs[0].value.shape
-    second = -args[1].delta if node.key == "sub" else args[1].delta
-    terms = [jnp.broadcast_to(t, shape) for t in (args[0].delta, second)]
-    edge = sum_edges(jnp.stack(terms, -1), _on(back), how)
-    return fitted([edge[..., 0], edge[..., 1]], args)
+    on = _on(back)
+    if all(node.data):
+        shape = outs[0].value.shape
+        second = -args[1].delta if node.key == "sub" else args[1].delta
+        terms = [jnp.broadcast_to(t, shape) for t in (args[0].delta, second)]
+        edge = sum_edges(jnp.stack(terms, -1), on, how)
+        found = [edge[..., 0], edge[..., 1]]
+    elif node.data[1] and node.key == "sub":
+        found = [None, jnp.where(args[1].value != 0, on, 0)]
+    else:
+        found = [on if data else None for data in node.data]
+    return fitted(found, args)
 
 
 @RULES.register("reduce_sum", "reduce_window_sum")
@@ -90,8 +96,13 @@ def _rectify(node, args, outs, back, how):
     return [jnp.where(args[0].value > 0, _on(back), 0)]
 
 
+@RULES.register("neg")
+def _negative(node, args, outs, back, how):
+    return [jnp.where(args[0].value != 0, _on(back), 0)]
+
+
 @RULES.register(
-    *(operations.UNARY - {"not"}), *(operations.NAMED_CALLS - {"relu"}),
+    *(operations.UNARY - {"neg", "not"}), *(operations.NAMED_CALLS - {"relu"}),
     "atan2", "clamp", "nextafter", "pow", "rem",
 )  # fmt: skip
 def _elementwise(node, args, outs, back, how):

@@ -440,6 +440,21 @@ def _constants() -> Case:
     return plain_case(apply, {"first": (4, 8), "second": (8, 3)}, describe, (4,))
 
 
+def _negatives() -> Case:
+    """A value negated, or taken from a number, is a sum of one term: one of 0 ends a path."""
+
+    def apply(p, x):
+        x = nn.relu(x @ p["first"])
+        return jnp.concatenate([-x, 2.0 - x], axis=1) @ p["second"]
+
+    def describe(n):
+        x = n.relu(n.contract(n.input, "first"))
+        parts = [n.scale(x, -1.0, label="neg"), n.scale(x, -1.0, label="sub", constant=2.0)]
+        n.contract(np.concatenate(parts), "second")
+
+    return plain_case(apply, {"first": (3, 6), "second": (12, 3)}, describe, (3,))
+
+
 def _difference() -> Case:
     def apply(p, x):
         x = x @ p["left"] - x @ p["right"]
@@ -690,7 +705,7 @@ EXACT = _table(
     _conv_grouped, _conv_depthwise, _conv_1d, _conv_transposed, _conv_channels_first,
     _max_pool, _max_pool_overlapping, _avg_pool, _avg_pool_uneven, _batch_norm, _residual,
     _moves, _padded_convolution, _global_mean, _global_sum, _global_max, _maximum, _constants,
-    _difference, _gating, _powers, _matrix_products, _tied_weights, _layer_used_twice,
+    _negatives, _difference, _gating, _powers, _matrix_products, _tied_weights, _layer_used_twice,
     _dense_over_positions, _dense_general, _scaled_by_parameter, _lenet, _resnet,
 )  # fmt: skip
 INEXACT = _table(
