@@ -21,7 +21,8 @@ from nnslicer_jax.selection import Selection, kept
 from nnslicer_jax.windows import windows
 
 RULES = Rules("slicing")
-# From the weights an operation used to the parameters they were made of.
+# From the weights an operation used to the parameters they were made of. Other functions of
+# parameters alone (a product of two, say) have no single synapse for each weight.
 WEIGHTS = Rules("slicing", default=lambda node, args, outs, back, how: [None] * len(args))
 
 # Terms formed at once where products are selected on the device.
@@ -280,7 +281,7 @@ def _negative(node, args, outs, back, how):
 
 
 @RULES.register(
-    *(operations.UNARY - {"neg", "not"}), *(operations.NAMED_CALLS - {"relu"}),
+    *(operations.UNARY - operations.DECISIONS - {"neg"}), *(operations.NAMED_CALLS - {"relu"}),
     "atan2", "clamp", "nextafter", "pow", "rem",
 )  # fmt: skip
 def _elementwise(node, args, outs, back, how):  # CONTRIB * dy * dx
@@ -291,7 +292,7 @@ def _elementwise(node, args, outs, back, how):  # CONTRIB * dy * dx
     return movement.fitted(found, args)
 
 
-@RULES.register("and", "argmax", "argmin", "eq", "ge", "gt", "le", "lt", "ne", "or", "xor")
+@RULES.register(*operations.DECISIONS)
 def decision(node, args, outs, back, how):
     """A comparison contributes through what it selects, not by itself."""
     return [None] * len(args)
@@ -326,11 +327,26 @@ def _numbers(args: list[Term]) -> list[bool]:
     return [movement.is_number(a.value) for a in args]
 
 
-@WEIGHTS.register("mul", "add", "sub", "add_any", "neg", "round", "floor", "ceil", "clamp", "div")
+# A root is a norm's or that of a variance, which no synapse is.
+@WEIGHTS.register(
+    *(
+        operations.ELEMENTWISE
+        - operations.MOVEMENT
+        - operations.DECISIONS
+        - {"pow", "rsqrt", "sqrt"}
+    )
+)
 def _made_of(node, args, outs, back, how):
-    """A weight computed element by element counts for the parameters of its own shape."""
+    """A weight computed element by element counts once for each parameter of its own shape.
+
+    So an operand counts that brings a parameter which those before it did not, unless it divides
+    them.
+    """
     shape = jnp.shape(outs[0].value)
-    return [
-        back[0] if jnp.shape(a.value) == shape and not (i == 1 and node.key == "div") else None
-        for i, a in enumerate(args)
-    ]
+    found, met = [], frozenset()
+    for i, (arg, made_of) in enumerate(zip(args, node.parameters, strict=True)):
+        divides = node.key == "div" and i == 1
+        counts = jnp.shape(arg.value) == shape and made_of - met and not (divides and met)
+        found.append(back[0] if counts else None)
+        met |= made_of if counts else frozenset()
+    return found

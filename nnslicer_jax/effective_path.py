@@ -32,7 +32,7 @@ from nnslicer_jax.movement import fitted
 from nnslicer_jax.products import inverse
 
 RULES = Rules("effective path")
-RULES.register("and", "argmax", "argmin", "eq", "ge", "gt", "le", "lt", "ne", "or", "xor")(decision)
+RULES.register(*operations.DECISIONS)(decision)
 RULES.register("select_n")(select)
 RULES.register(*(operations.MOVEMENT - {"select_n"}))(move)
 
@@ -102,7 +102,7 @@ def _negative(node, args, outs, back, how):
 
 
 @RULES.register(
-    *(operations.UNARY - {"neg", "not"}), *(operations.NAMED_CALLS - {"relu"}),
+    *(operations.UNARY - operations.DECISIONS - {"neg"}), *(operations.NAMED_CALLS - {"relu"}),
     "atan2", "clamp", "nextafter", "pow", "rem",
 )  # fmt: skip
 def _elementwise(node, args, outs, back, how):

@@ -44,13 +44,13 @@ class Value(NamedTuple):
       shape: Traced shape, with the batch of one where the model put it.
       dtype: Element type.
       data: Whether it depends on the sample.
-      param: Whether it depends on a parameter.
+      parameters: Value ids of the parameters it depends on.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     data: bool
-    param: bool
+    parameters: frozenset[int]
 
     @property
     def is_float(self) -> bool:
@@ -71,6 +71,7 @@ class Node:
         what the spliced body computed; it differentiates as the call does.
       outputs: Value ids written.
       data: For each input, whether it depends on the sample.
+      parameters: For each input, value ids of the parameters it depends on.
       scope: Module path such as "LeNet/Conv_0"; "[t]" marks the step of a scan.
     """
 
@@ -81,6 +82,7 @@ class Node:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     data: tuple[bool, ...]
+    parameters: tuple[frozenset[int], ...]
     scope: str
 
     @property
@@ -252,8 +254,8 @@ class _Tracer:
         named, _ = jax.tree_util.tree_flatten_with_path(params)
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
         avals = closed.in_avals
-        leaves = [self.fresh(a, data=False, param=True) for a in avals[:-1]]
-        sample = self.fresh(avals[-1], data=True, param=False)
+        leaves = [self.fresh(a, parameters=frozenset([i])) for i, a in enumerate(avals[:-1])]
+        sample = self.fresh(avals[-1], data=True)
         outs = self.walk(closed.jaxpr, closed.consts, [*leaves, sample], "")
         tree = jax.tree.structure(shape)
         logits = _before_softmax(self.nodes, outs[0]) if len(outs) == 1 else outs[0]
@@ -262,12 +264,14 @@ class _Tracer:
             tuple(outs), logits, self.consts, tree,
         )  # fmt: skip
 
-    def fresh(self, aval: Any, *, data: bool, param: bool) -> int:
-        self.values.append(Value(tuple(aval.shape), aval.dtype, data, param))
+    def fresh(
+        self, aval: Any, *, data: bool = False, parameters: frozenset[int] = frozenset()
+    ) -> int:
+        self.values.append(Value(tuple(aval.shape), aval.dtype, data, parameters))
         return len(self.values) - 1
 
     def const(self, value: Any) -> int:
-        ident = self.fresh(jax.typeof(value), data=False, param=False)
+        ident = self.fresh(jax.typeof(value))
         self.consts[ident] = value
         return ident
 
@@ -301,7 +305,7 @@ class _Tracer:
             return outs
         if name == "scan":
             return self.unroll(eqn, ins, where)
-        if name == "cond" and not (self.values[ins[0]].data or self.values[ins[0]].param):
+        if name == "cond" and not (self.values[ins[0]].data or self.values[ins[0]].parameters):
             branch = eqn.params["branches"][int(self.known(ins[0]))]
             return self.walk(*_open(branch), ins[1:], where)
         if name in ("while", "cond") and any(data):
@@ -320,11 +324,12 @@ class _Tracer:
 
     def node(self, key: str, eqn: Any, ins: list[int], where: str) -> list[int]:
         data = tuple(self.values[i].data for i in ins)
-        param = any(self.values[i].param for i in ins)
-        outs = [self.fresh(v.aval, data=any(data), param=param) for v in eqn.outvars]
+        parameters = tuple(self.values[i].parameters for i in ins)
+        every = frozenset().union(*parameters)
+        outs = [self.fresh(v.aval, data=any(data), parameters=every) for v in eqn.outvars]
         self.nodes.append(
             Node(len(self.nodes), key, eqn.primitive, eqn.params, tuple(ins), tuple(outs), data,
-                 where)
+                 parameters, where)
         )  # fmt: skip
         return outs
 
@@ -344,7 +349,7 @@ class _Tracer:
         operands = [self.values[i] for i in ins if self.values[i].data]
         settings = [self.values[i] for i in ins if not self.values[i].data]
         outs = eqn.outvars
-        if len(operands) != 1 or len(outs) != 1 or any(s.param for s in settings):
+        if len(operands) != 1 or len(outs) != 1 or any(s.parameters for s in settings):
             return False
         shape = operands[0].shape
         if not operands[0].is_float or tuple(outs[0].aval.shape) != shape:

@@ -42,5 +42,9 @@ NARY = frozenset({
     "mul", "ne", "nextafter", "or", "pow", "rem", "select_n", "sub", "xor",
 })  # fmt: skip
 ELEMENTWISE = UNARY | NARY
+# What decides: it counts through what it selects, not by itself.
+DECISIONS = frozenset({
+    "and", "argmax", "argmin", "eq", "ge", "gt", "is_finite", "le", "lt", "ne", "not", "or", "xor",
+})  # fmt: skip
 # Element by element too, but they compute nothing of their own.
 ELEMENTWISE_MOVEMENT = IDENTITY | {"broadcast_in_dim"}

@@ -103,7 +103,10 @@ def slice_network(
         same call, that is resumed. Not with `per_sample`.
 
     Returns:
-      The slice; the counts are int32 of one sample each, int64 once summed over several.
+      The slice; the counts are int32 of one sample each, int64 once summed over several. A
+      weight computed from parameters (`tanh(w)`, `w / norm(w)`) counts for those of its own
+      shape; parameters that no weight leads back to (biases, variances, the factors of
+      `a @ b`) are not among its synapses.
 
     Raises:
       ValueError: For an option, class index, shape or range that is not accepted.

@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,6 +278,93 @@ def test_more_seeds():
             assert_same(pieces, expected, row)
             seen.add(sum(np.count_nonzero(a) for a in expected.synapses.values()))
     assert len(seen) > 5 and min(seen) > 0
+
+
+# Weights made of parameters ---------------------------------------------------------------
+
+
+def slice_of(apply, params, images, outputs=None) -> nns.Slice:
+    graph = nns.trace(apply, params, images[:1])
+    profile = nns.profile(graph, params, images)
+    return nns.slice_network(graph, params, profile, images, outputs, theta=0.25)
+
+
+def standardised(w):
+    return (w - w.mean(0, keepdims=True)) / jnp.sqrt(jnp.var(w, 0, keepdims=True) + 1.0)
+
+
+MADE = {
+    "tanh": jnp.tanh, "exp": jnp.exp, "abs": jnp.abs, "sign": jnp.sign, "square": jnp.square,
+    "round": jnp.round, "sin": jnp.sin, "sigmoid": nn.sigmoid, "softplus": nn.softplus,
+    "silu": nn.silu, "elu": nn.elu, "leaky_relu": nn.leaky_relu, "gelu": nn.gelu, "relu": nn.relu,
+    "cube": lambda w: w**3, "product": lambda w: w * w, "gated": lambda w: w * jnp.tanh(w),
+    "reciprocal": lambda w: 1 / (4 * w + 1), "where": lambda w: jnp.where(w > 0, 2 * w, 0.0),
+    "maximum": lambda w: jnp.maximum(w, -1.0), "clip": lambda w: jnp.clip(w, -1, 1),
+    "arctan2": lambda w: jnp.arctan2(w, 2.0), "remainder": lambda w: jnp.fmod(w, 2.0),
+    "normalised": lambda w: w / jnp.linalg.norm(w, axis=0)[None], "standardised": standardised,
+    "jitted": jax.jit(jnp.tanh), "rematerialised": jax.checkpoint(jnp.tanh),
+    "moved": lambda w: jnp.tanh(w.T).T,
+}  # fmt: skip
+
+
+def test_counts_reach_what_a_weight_was_made_of():
+    rng = np.random.default_rng(0)
+    images = rng.integers(-3, 4, (4, 5)).astype(np.float32)
+    params = {name: jnp.asarray(rng.integers(-2, 3, (5, 3)), jnp.float32) for name in MADE}
+    weights = jax.jit(lambda p: {name: MADE[name](w) for name, w in p.items()})(params)
+    outputs = np.tile(np.arange(3 * len(MADE)), (4, 1))
+
+    def products(p, x):
+        return jnp.concatenate([x @ w for w in p.values()], axis=1)
+
+    def made(p, x):
+        return products({name: MADE[name](w) for name, w in p.items()}, x)
+
+    expected = slice_of(products, weights, images, outputs)
+    found = slice_of(made, params, images, outputs)
+    assert set(found.synapses) == set(MADE)
+    for name, contrib in expected.synapses.items():
+        assert np.any(contrib), name
+        np.testing.assert_array_equal(found.synapses[name], contrib, err_msg=name)
+
+
+def test_counts_reach_each_parameter_of_the_weights_shape():
+    rng = np.random.default_rng(0)
+    images = rng.integers(-3, 4, (4, 5)).astype(np.float32)
+    mask, bias = np.eye(5, 3, dtype=np.float32), np.float32(1)
+    shapes = {"w": (5, 3), "score": (5, 3), "left": (5, 2), "right": (2, 3), "scale": (1, 3)}
+    params = {k: jnp.asarray(rng.integers(1, 4, s), jnp.float32) for k, s in shapes.items()}
+
+    def names(weights) -> set[str]:
+        expected = slice_of(lambda w, x: x @ w["w"], {"w": weights(params)}, images)
+        found = slice_of(lambda p, x: x @ weights(p), params, images)
+        for contrib in found.synapses.values():
+            np.testing.assert_array_equal(contrib, expected.synapses["w"])
+        return set(found.synapses)
+
+    assert names(lambda p: p["w"] * jnp.tanh(p["score"])) == {"w", "score"}
+    assert names(lambda p: (p["score"] > 1).astype(jnp.float32) * p["w"]) == {"w"}
+    assert names(lambda p: p["w"] + p["left"] @ p["right"]) == {"w"}
+    assert names(lambda p: jnp.abs(p["scale"] * p["w"] * mask + bias)) == {"w"}
+    assert names(lambda p: p["left"] @ p["right"]) == set()
+    # A constant is no synapse, whatever was done to it.
+    assert names(lambda p: jnp.cumsum(mask @ mask.T, 0)[:, :3]) == set()
+
+
+def test_statistics_are_no_synapses():
+    images = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    shape = {"mean": (5,), "var": (5,), "gain": (5,), "out": (5, 3)}
+    params = {name: jnp.ones(s) for name, s in shape.items()}
+
+    def norms(p, x):
+        x = x - p["mean"][None]
+        yield x * jax.lax.rsqrt(p["var"] + 1e-5)[None] * p["gain"][None]
+        yield x / jnp.sqrt(p["var"] + 1e-5)[None] * p["gain"][None]
+        yield x * (p["gain"] * (p["var"] + 1e-5) ** -0.5)[None]
+
+    for i in range(3):
+        found = slice_of(lambda p, x, i=i: list(norms(p, x))[i] @ p["out"], params, images)
+        assert set(found.synapses) == {"gain", "out"}
 
 
 # Networks of floating point ---------------------------------------------------------------
