@@ -270,9 +270,8 @@ def _product_of_two(node, args, outs, back, how):
 @RULES.register("div")
 def _quotient(node, args, outs, back, how):
     """Scale by 1/c; the trace has made a / b of two that read the sample a product."""
-    return movement.fitted(
-        [_back(outs, back) * sign(args[1].value) * sign(args[0].delta), None], args
-    )
+    edge = _back(outs, back) * sign(args[1].value) * sign(args[0].delta)
+    return movement.fitted([edge, edge], args)
 
 
 @RULES.register("neg")

@@ -15,8 +15,9 @@ import numpy as np
 
 from nnslicer_jax import movement
 from nnslicer_jax.batches import across_devices, batches
+from nnslicer_jax.contribution import WEIGHTS, Term
 from nnslicer_jax.evaluation import evaluate
-from nnslicer_jax.fold import leaves, record, unbatched
+from nnslicer_jax.fold import Rules, backward, leaves, record, unbatched
 from nnslicer_jax.graph import Graph
 from nnslicer_jax.profile import Profile, means_by_value, positions
 from nnslicer_jax.slices import Slice
@@ -28,7 +29,8 @@ class Masked(NamedTuple):
     """A network reduced to a slice; a pytree of arrays.
 
     Attributes:
-      params: Parameters, 0 where a synapse is not in the slice.
+      params: Parameters, 0 where a synapse is not in the slice. What divides stays: dividing by
+        0 removes nothing.
       scale: Neuron name to 1 where it is in the slice and 0 where not, broadcastable to its
         activation.
       shift: Neuron name to what is added then: the mean of what was left out, or 0.
@@ -80,8 +82,9 @@ def mask_network(
     if set(piece.neurons) != set(graph.neurons()):
         odd = sorted(set(piece.neurons) ^ set(graph.neurons()))
         raise ValueError(f"the slice is of another network: they differ at {odd[:3]}")
+    removable = set(piece.synapses) - _divisors(graph, params)
     kept = [
-        jnp.where(piece.synapses[name] != 0, leaf, 0) if name in piece.synapses else leaf
+        jnp.where(piece.synapses[name] != 0, leaf, 0) if name in removable else leaf
         for name, leaf in zip(graph.params, found, strict=True)
     ]
     masked = jax.tree.unflatten(jax.tree.structure(params), kept)
@@ -104,12 +107,38 @@ def mask_network(
     return Masked(masked, scale, shift)
 
 
+def _divisors(graph: Graph, params: Any) -> set[str]:
+    """Names of the parameters that divide something, and so count for it."""
+    seeds = []
+    for node in graph.nodes:
+        if node.key == "div" and not node.data[1] and (node.data[0] or not node.parameters[0]):
+            seeds.append(node.inputs[1])
+        elif node.key == "integer_pow" and not node.data[0] and node.params["y"] < 0:
+            seeds.append(node.inputs[0])
+    seeds = [i for i in seeds if graph.values[i].parameters]
+    if not seeds:
+        return set()
+
+    def reached(params: Any) -> dict[int, Any]:
+        env: list[Any] = record(graph, params, _blank(graph))
+        terms = [None if value is None else Term(value, None) for value in env]
+        ones = {i: jnp.ones(graph.values[i].shape) for i in seeds}
+        return backward(graph, Rules("divisors"), terms, ones, weights=WEIGHTS)
+
+    found = jax.eval_shape(reached, params)
+    return {name for name, ident in graph.params.items() if ident in found}
+
+
+def _blank(graph: Graph) -> jax.Array:
+    value = graph.values[graph.input]
+    return jnp.zeros(value.shape[1:], value.dtype)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _lost(graph: Graph, params: Any, masked: Any, found: dict[int, jax.Array]) -> dict[int, Any]:
     """Value id of each weighted sum to the mean of the terms it lost, of one sample's shape."""
-    sample = jnp.zeros(graph.values[graph.input].shape[1:], graph.values[graph.input].dtype)
-    whole: list[Any] = record(graph, params, sample)
-    part: list[Any] = record(graph, masked, sample)
+    whole: list[Any] = record(graph, params, _blank(graph))
+    part: list[Any] = record(graph, masked, _blank(graph))
     means = {i: jnp.broadcast_to(mean, graph.values[i].shape) for i, mean in found.items()}
     lost: dict[int, Any] = {}
     for node in graph.nodes:

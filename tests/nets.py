@@ -572,6 +572,25 @@ def _scaled_by_parameter() -> Case:
     return plain_case(apply, {"scale": (6,), "first": (4, 6), "second": (6, 3)}, describe, (4,))
 
 
+def _divided_by_parameter() -> Case:
+    def apply(p, x):
+        x = x @ p["first"] / p["divisor"][None]
+        return (x * (1 / p["second"])[None] * (p["third"] ** -1)[None]) @ p["out"]
+
+    def describe(n):
+        x = n.contract(n.input, "first")
+        x = n.scale(x, 1 / n.parameters["divisor"], "divisor", label="div")
+        for name in ("second", "third"):
+            x = n.scale(x, 1 / n.parameters[name], name)
+        n.contract(x, "out")
+
+    sizes = {"first": (4, 6), "divisor": (6,), "second": (6,), "third": (6,), "out": (6, 3)}
+    case = plain_case(apply, sizes, describe, (4,))
+    divisors = jnp.array([[1.0, -2.0, 4.0, -1.0, 0.5, 2.0]])
+    params = {k: v if v.ndim > 1 else divisors[0] for k, v in case.params.items()}
+    return dataclasses.replace(case, params=params)
+
+
 def _lenet() -> Case:
     def body(x):
         x = nn.max_pool(nn.relu(nn.Conv(3, (3, 3))(x)), (2, 2), (2, 2))
@@ -706,7 +725,8 @@ EXACT = _table(
     _max_pool, _max_pool_overlapping, _avg_pool, _avg_pool_uneven, _batch_norm, _residual,
     _moves, _padded_convolution, _global_mean, _global_sum, _global_max, _maximum, _constants,
     _negatives, _difference, _gating, _powers, _matrix_products, _tied_weights, _layer_used_twice,
-    _dense_over_positions, _dense_general, _scaled_by_parameter, _lenet, _resnet,
+    _dense_over_positions, _dense_general, _scaled_by_parameter, _divided_by_parameter, _lenet,
+    _resnet,
 )  # fmt: skip
 INEXACT = _table(
     _attention_block, _softmax_inside, _quotient, _elementwise, _lstm, _gru

@@ -71,6 +71,23 @@ def test_weights_outside_are_0_and_neurons_outside_stand_still(name, fill):
     assert gone > 0
 
 
+@pytest.mark.parametrize("fill", ["mean", "zero"])
+def test_what_divides_stays(fill):
+    case = nets.EXACT["divided_by_parameter"]()
+    images = case.images(8)
+    graph = nns.trace(case.apply, case.params, images[:1])
+    profile = nns.profile(graph, case.params, images)
+    piece = nns.slice_network(graph, case.params, profile, images[:1], theta=0.5)
+    masked = nns.mask_network(graph, case.params, piece, fill, profile)
+    for name, parameter in case.params.items():
+        weighs = parameter.ndim > 1
+        assert np.any(piece.synapses[name] == 0)
+        np.testing.assert_array_equal(
+            masked.params[name], np.where((piece.synapses[name] != 0) | (not weighs), parameter, 0)
+        )
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(outputs(graph, masked, images)))
+
+
 def test_removing_nothing_but_a_channel_equals_pruning_it():
     model, graph, images, profile = traced("lenet")
     piece = everything(graph, model.params)
