@@ -16,7 +16,7 @@ from jax import lax
 
 from nnslicer_jax import operations
 from nnslicer_jax.fold import Rules, check_batch, check_names, forward, leaves, run
-from nnslicer_jax.graph import Graph, Neuron, Node, Value, is_batched
+from nnslicer_jax.graph import Graph, Neuron, Node, Value
 
 Arrays = tuple[jax.Array, ...]
 Edits = Mapping[str, Callable[[jax.Array], jax.Array]]  # neuron name -> edit of its activation
@@ -55,7 +55,7 @@ def evaluate(
         changes = {neurons[n].value: _on_samples(neurons[n], edit) for n, edit in edits.items()}
     env = forward(graph, rules, [*leaves(graph, params), x], changes)
     outs = [_batch(env[i], graph.values[i], len(x)) for i in graph.outputs]
-    activations = {name: env[neuron.value] for name, neuron in neurons.items()}
+    activations = {name: env[n.value].reshape(len(x), *n.shape) for name, n in neurons.items()}
     return jax.tree.unflatten(graph.out_tree, outs), activations
 
 
@@ -63,7 +63,7 @@ def _batch(out: jax.Array, value: Value, size: int) -> jax.Array:
     """What the model returns for a batch, also where it does not depend on the sample."""
     if value.data:
         return out
-    one = out[0] if is_batched(out.shape) else out
+    one = out[0] if _leads(out.shape) else out
     return jnp.broadcast_to(one, (size, *one.shape))
 
 
@@ -83,7 +83,11 @@ def _on_samples(neuron: Neuron, edit: Callable) -> Callable[[jax.Array], jax.Arr
             )
         return jnp.asarray(found)
 
-    return jax.vmap(edited)
+    def all_edited(activation: jax.Array) -> jax.Array:
+        each = activation.reshape(len(activation), *neuron.shape)
+        return jax.vmap(edited)(each).reshape(activation.shape)
+
+    return all_edited
 
 
 def _run_all(graph: Graph, node: Node, *args: jax.Array) -> Arrays:
@@ -109,9 +113,14 @@ def _run_all(graph: Graph, node: Node, *args: jax.Array) -> Arrays:
     axes = [0 if data else None for data in node.data]
     outs = jax.vmap(functools.partial(run, node), axes)(*each)
     return tuple(
-        out.reshape(len(out), *shape[is_batched(shape) :])
+        out.reshape(len(out), *shape[_leads(shape) :])
         for out, shape in zip(outs, made, strict=True)
     )
+
+
+def _leads(shape: tuple[int, ...]) -> bool:
+    """Whether a traced shape leads with the batch of one."""
+    return shape[:1] == (1,)
 
 
 def _on_all(
@@ -119,7 +128,7 @@ def _on_all(
 ) -> Callable[..., Arrays] | None:
     """The node as a function of batches, where it leaves their first axis alone."""
     samples = [shape for shape, data in zip(taken, node.data, strict=True) if data]
-    if not all(is_batched(shape) for shape in (*samples, *made)):
+    if not all(_leads(shape) for shape in (*samples, *made)):
         return None
     key, q = node.key, node.params
     bind = functools.partial(run, node)

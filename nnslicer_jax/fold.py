@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nnslicer_jax.convolution import convolve
-from nnslicer_jax.graph import Graph, Neuron, Node, UnsupportedError, is_batched
+from nnslicer_jax.graph import Graph, Neuron, Node, UnsupportedError
 
 Env = list[Any]  # value id -> whatever the interpretation carries
 
@@ -144,9 +144,9 @@ def record(graph: Graph, params: Any, sample: jax.Array) -> Env:
     return forward(graph, EVALUATE, [*leaves(graph, params), sample[None]])
 
 
-def unbatched(activation: jax.Array) -> jax.Array:
-    """A traced activation without the batch of one, where it leads with it."""
-    return activation[0] if is_batched(activation.shape) else activation
+def unbatched(activation: jax.Array, neuron: Neuron) -> jax.Array:
+    """A neuron's traced activation without the batch of one."""
+    return activation if neuron.batch is None else jnp.squeeze(activation, neuron.batch)
 
 
 def leaves(graph: Graph, params: Any) -> list[Any]:

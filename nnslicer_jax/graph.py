@@ -110,6 +110,8 @@ class Neuron(NamedTuple):
       shape: Shape of one sample's activation, such as (H, W, C) or (K,).
       dtype: Element type of the activation.
       channel: Axis of `shape` along which the units lie; the others are positions.
+      batch: Axis of the batch of one in the traced shape, which `shape` leaves out; None where
+        the model has none there.
     """
 
     name: str
@@ -117,6 +119,12 @@ class Neuron(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     channel: int
+    batch: int | None
+
+    @property
+    def axis(self) -> int:
+        """The channel axis in the traced shape."""
+        return self.channel + (self.batch is not None and self.batch <= self.channel)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,10 +178,11 @@ class Graph:
                 seen[name] = seen.get(name, -1) + 1
                 name = f"{name}_{seen[name]}"
             value = self.values[ident]
-            batched = is_batched(value.shape)
-            axis = axes[ident] - batched
-            shape = value.shape[batched:]
-            found[name] = Neuron(name, ident, shape, value.dtype, max(axis, 0))
+            batch, axis, shape = _batch(value.shape, axes[ident]), axes[ident], list(value.shape)
+            if batch is not None:
+                del shape[batch]
+                axis = max(axis - (batch <= axis), 0)
+            found[name] = Neuron(name, ident, tuple(shape), value.dtype, axis, batch)
         return found
 
     def neurons(self) -> dict[str, Neuron]:
@@ -201,9 +210,10 @@ class Graph:
         )
 
 
-def is_batched(shape: Sequence[int]) -> bool:
-    """Whether a traced shape leads with the batch of one."""
-    return len(shape) > 0 and shape[0] == 1
+def _batch(shape: Sequence[int], channel: int) -> int | None:
+    """Axis of the batch of one: the first, or where `vmap` and transposes put it."""
+    ones = (a for a, n in enumerate(shape) if n == 1 and (a == 0 or a != channel))
+    return next(ones, None)
 
 
 def trace(apply: Callable, params: Any, x: Any) -> Graph:

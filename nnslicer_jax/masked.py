@@ -103,7 +103,8 @@ def mask_network(
             mean = profile.means[name]
             mean = mean.reshape(on.shape) if profile.baseline == "channel" else mean
         scale[name] = jnp.asarray(on)
-        shift[name] = on * lost.get(neuron.value, 0) + (1 - on) * mean
+        gone = unbatched(lost[neuron.value], neuron) if neuron.value in lost else 0
+        shift[name] = on * gone + (1 - on) * mean
     return Masked(masked, scale, shift)
 
 
@@ -136,7 +137,7 @@ def _blank(graph: Graph) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _lost(graph: Graph, params: Any, masked: Any, found: dict[int, jax.Array]) -> dict[int, Any]:
-    """Value id of each weighted sum to the mean of the terms it lost, of one sample's shape."""
+    """Value id of each weighted sum to the mean of the terms it lost, of its traced shape."""
     whole: list[Any] = record(graph, params, _blank(graph))
     part: list[Any] = record(graph, masked, _blank(graph))
     means = {i: jnp.broadcast_to(mean, graph.values[i].shape) for i, mean in found.items()}
@@ -152,7 +153,7 @@ def _lost(graph: Graph, params: Any, masked: Any, found: dict[int, jax.Array]) -
             with_all, with_some = (
                 node.bind(*[means.get(i, env[i]) for i in node.inputs])[0] for env in (whole, part)
             )
-            lost[node.outputs[0]] = unbatched(with_all - with_some)
+            lost[node.outputs[0]] = with_all - with_some
     return lost
 
 

@@ -140,7 +140,7 @@ def _totals(graph: Graph, baseline: str, params: Any, images: jax.Array, weight:
 
     def one(sample: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         env = record(graph, params, sample)
-        found = {name: unbatched(env[n.value]).astype(jnp.float32) for name, n in neurons.items()}
+        found = {k: unbatched(env[n.value], n).astype(jnp.float32) for k, n in neurons.items()}
         # The operand of a follower that does not read the sample.
         others = {
             name: env[node.inputs[-1 - node.data.index(True)]]
@@ -177,7 +177,7 @@ def _deviations(
         if name in followers:
             node = followers[name]
             _, change = found[names[node.inputs[node.data.index(True)]]]
-            factor = _factor(node, len(neuron.shape), others.get(name))
+            factor = _factor(node, neuron, others.get(name))
             if baseline == "channel" and np.ndim(factor):
                 factor = factor.reshape(-1)
             change = change * factor
@@ -205,9 +205,8 @@ def _followers(graph: Graph) -> dict[str, Node]:
         # In fewer bits the deviations are rounded anew.
         if neuron.dtype != jnp.float32:
             continue
-        lead = len(graph.values[neuron.value].shape) - len(neuron.shape)
         alike = all(
-            n == 1 or a == neuron.channel + lead
+            n == 1 or a == neuron.axis
             for i, data in zip(node.inputs, node.data, strict=True)
             if not data
             for a, n in enumerate(graph.values[i].shape)
@@ -217,14 +216,15 @@ def _followers(graph: Graph) -> dict[str, Node]:
     return found
 
 
-def _factor(node: Node, rank: int, value: Any) -> Any:
-    """What a follower multiplies deviations by, broadcastable to `rank` axes of one sample."""
+def _factor(node: Node, neuron: Neuron, value: Any) -> Any:
+    """What a follower multiplies deviations by, broadcastable to one sample's activation."""
     if node.key == "neg" or (node.key == "sub" and node.data[1]):
         return -1.0
     if node.key not in ("mul", "div"):
         return 1.0
     value = np.asarray(value, np.float64)
-    value = value.reshape(value.shape[value.ndim - rank :]) if value.ndim > rank else value
+    if value.ndim and neuron.batch is not None:
+        value = value.squeeze(neuron.batch)
     return value if node.key == "mul" else 1 / value
 
 
@@ -252,9 +252,8 @@ def means_by_value(graph: Graph, found: Profile) -> dict[int, np.ndarray]:
 def _broadcastable(graph: Graph, neuron: Neuron, mean: Any, baseline: str) -> Any:
     """A neuron's means in a shape that broadcasts to its value's traced shape."""
     shape = list(graph.values[neuron.value].shape)
-    lead = len(shape) - len(neuron.shape)
     if baseline == "channel":
-        shape = [n if a - lead == neuron.channel else 1 for a, n in enumerate(shape)]
+        shape = [n if a == neuron.axis else 1 for a, n in enumerate(shape)]
     if mean.size != math.prod(shape):
         raise ValueError(f"the profile is of another model: {neuron.name} has {mean.shape} means")
     return mean.reshape(shape)

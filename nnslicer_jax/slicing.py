@@ -380,5 +380,5 @@ def _walk_one(graph, walk, params, means, theta, sample, seed, real):
         contrib = total.get(neuron.value)
         if contrib is None:
             contrib = jnp.zeros(graph.values[neuron.value].shape)
-        neurons[name] = unbatched(count(contrib)).astype(jnp.int32)
+        neurons[name] = unbatched(count(contrib), neuron).astype(jnp.int32)
     return synapses, neurons

@@ -526,6 +526,20 @@ def _tied_weights() -> Case:
     return plain_case(apply, {"weights": (5, 6)}, describe, (5,))
 
 
+def _weights_first() -> Case:
+    """Products written for one sample, the weights on the left."""
+
+    def apply(p, x):
+        return jax.vmap(lambda s: p["second"] @ nn.relu(p["first"] @ s))(x)
+
+    def describe(n):
+        with n.scope("vmap()"):
+            x = n.contract_transposed(n.input, "first")
+            n.contract_transposed(n.relu(x), "second")
+
+    return plain_case(apply, {"first": (6, 5), "second": (3, 6)}, describe, (5,))
+
+
 def _layer_used_twice() -> Case:
     def body(x):
         layer = nn.Dense(4)
@@ -724,7 +738,8 @@ EXACT = _table(
     _conv_grouped, _conv_depthwise, _conv_1d, _conv_transposed, _conv_channels_first,
     _max_pool, _max_pool_overlapping, _avg_pool, _avg_pool_uneven, _batch_norm, _residual,
     _moves, _padded_convolution, _global_mean, _global_sum, _global_max, _maximum, _constants,
-    _negatives, _difference, _gating, _powers, _matrix_products, _tied_weights, _layer_used_twice,
+    _negatives, _difference, _gating, _powers, _matrix_products, _tied_weights, _weights_first,
+    _layer_used_twice,
     _dense_over_positions, _dense_general, _scaled_by_parameter, _divided_by_parameter, _lenet,
     _resnet,
 )  # fmt: skip

@@ -301,6 +301,24 @@ def test_channel_axes_follow_moved_data():
     assert found["cosh"] == 0  # flat: each number is a unit
 
 
+def test_the_batch_axis_is_left_out_wherever_it_stands():
+    def alone(p, x):
+        return p["second"] @ jax.nn.relu(p["first"] @ x + p["offset"])
+
+    params = {"first": jnp.ones((5, 4)), "offset": jnp.ones(5), "second": jnp.ones((3, 5))}
+    images = np.ones((2, 4), np.float32)
+    graph = nns.trace(lambda p, x: jax.vmap(lambda s: alone(p, s))(x), params, images)
+    assert [n.shape for n in graph.neurons().values()] == [(4,), (5,), (5,), (5,), (3,)]
+    time_first = nns.trace(
+        lambda p, x: jax.nn.relu(x.swapaxes(0, 1) @ p["first"])[-1], params, np.ones((2, 7, 5))
+    )
+    for name in ("dot_general", "relu"):
+        assert time_first.neurons()[name].shape == (7, 4), name
+        assert time_first.neurons()[name].channel == 1, name
+    outs, activations = nns.evaluate(time_first, params, jnp.ones((3, 7, 5)))
+    assert outs.shape == (3, 4) and activations["relu"].shape == (3, 7, 4)
+
+
 def test_channel_axes_of_attention():
     _, graph = traced("attention")
     found = graph.neurons()
