@@ -299,7 +299,10 @@ def decision(node, args, outs, back, how):
 
 @RULES.register("select_n")
 def select(node, args, outs, back, how):
-    """To the operand that was selected; what selects gets nothing."""
+    """To the operand that was selected; what selects gets nothing.
+
+    A rectifier written `where(x > 0, x, 0)` thus passes CONTRIB on, unchanged, where x > 0.
+    """
     which = args[0].value.astype(jnp.int32)
     found = [None] + [
         jnp.where(which == i, back[0], 0) if data else None for i, data in enumerate(node.data[1:])
