@@ -191,6 +191,16 @@ def gathering(node: Node, fill: float = 0.0) -> Callable[[jax.Array], jax.Array]
             x, q["window_dimensions"], q["window_strides"], q["padding"], q["base_dilation"],
             q["window_dilation"], fill,
         )  # fmt: skip
+    if "reverse" in q:
+        axis = q["axis"]
+
+        def through(x: jax.Array) -> jax.Array:
+            x = jnp.moveaxis(x, axis, -1)
+            square = jnp.ones((x.shape[-1], x.shape[-1]), bool)
+            under = jnp.triu(square) if q["reverse"] else jnp.tril(square)
+            return jnp.moveaxis(jnp.where(under, x[..., None, :], fill), -2, axis)
+
+        return through
 
     def reduced(x: jax.Array) -> jax.Array:
         count = len(q["axes"])
@@ -200,7 +210,7 @@ def gathering(node: Node, fill: float = 0.0) -> Callable[[jax.Array], jax.Array]
     return reduced
 
 
-@RULES.register("reduce_sum", "reduce_window_sum")
+@RULES.register("reduce_sum", "reduce_window_sum", "cumsum")
 def _sum(node, args, outs, back, how):  # CONTRIB * dy * dx_i
     gather = gathering(node)
     edge = sum_edges(gather(args[0].delta), _back(outs, back), how)
@@ -214,7 +224,9 @@ def extreme(node: Node, args: list[Term], out: jax.Array) -> jax.Array:
     return values == out[..., None]
 
 
-@RULES.register("reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min")
+@RULES.register(
+    "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "cummax", "cummin"
+)
 def _maximum(node, args, outs, back, how):  # CONTRIB * dy * dx_i where x_i = y
     gather = gathering(node)
     edge = jnp.where(extreme(node, args, outs[0].value), sign(gather(args[0].delta)), 0)
@@ -265,6 +277,16 @@ def _product_of_two(node, args, outs, back, how):
         weight, x = (second, first) if node.data[0] else (first, second)
         found = [g * sign(weight.value) * sign(x.delta)] * 2
     return movement.fitted(found, args)
+
+
+@RULES.register("reduce_prod", "cumprod")
+def _product(node, args, outs, back, how):
+    """CONTRIB * dy * w * dx, the other factors together being the weight of each."""
+    gather = gathering(node)
+    signs = sign(gathering(node, 1.0)(args[0].value))[..., None, :]
+    others = jnp.where(jnp.eye(signs.shape[-1], dtype=bool), 1, signs).prod(-1)
+    edge = others * sign(gather(args[0].delta)) * _back(outs, back)[..., None]
+    return [inverse(gather, args[0].value.shape, edge)]
 
 
 @RULES.register("div")

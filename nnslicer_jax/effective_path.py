@@ -71,14 +71,16 @@ def _sum_of_two(node, args, outs, back, how):
     return fitted(found, args)
 
 
-@RULES.register("reduce_sum", "reduce_window_sum")
+@RULES.register("reduce_sum", "reduce_window_sum", "cumsum")
 def _sum(node, args, outs, back, how):
     gather = gathering(node)
     edge = sum_edges(gather(args[0].delta), _on(back), how)
     return [inverse(gather, args[0].value.shape, edge)]
 
 
-@RULES.register("reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min")
+@RULES.register(
+    "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "cummax", "cummin"
+)
 def _maximum(node, args, outs, back, how):
     edge = jnp.where(extreme(node, args, outs[0].value), _on(back)[..., None], 0)
     return [inverse(gathering(node), args[0].value.shape, edge)]
@@ -107,6 +109,14 @@ def _negative(node, args, outs, back, how):
 )  # fmt: skip
 def _elementwise(node, args, outs, back, how):
     return fitted([_on(back) for _ in args], args)
+
+
+@RULES.register("reduce_prod", "cumprod")
+def _product(node, args, outs, back, how):
+    gather = gathering(node)
+    shape = (*outs[0].value.shape, gather(args[0].value).shape[-1])
+    on = jnp.where(outs[0].value != 0, _on(back), 0)
+    return [inverse(gather, args[0].value.shape, jnp.broadcast_to(on[..., None], shape))]
 
 
 @RULES.register("mul", "div")

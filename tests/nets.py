@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from tests.naive.layers import (
     attention,
@@ -500,6 +501,40 @@ def _powers() -> Case:
     return plain_case(apply, {"first": (3, 4), "second": (12, 3)}, describe, (3,))
 
 
+def _cumulative() -> Case:
+    """Sums, maxima and products of what came so far, and products of a whole row."""
+
+    def apply(p, x):
+        x = x @ p["first"]
+        sums = jnp.cumsum(x, axis=-1)
+        backward = lax.cumsum(x, axis=1, reverse=True)
+        parts = [sums, backward, lax.cummax(x, axis=1), jnp.cumprod(x, axis=1)]
+        rows = jnp.prod(x.reshape(-1, 2, 3), axis=1)
+        return jnp.concatenate([*parts, rows], axis=1) @ p["second"]
+
+    def describe(n):
+        x = n.contract(n.input, "first")
+        sums, backward = n.cumulative(x, "cumsum"), n.cumulative(x, "cumsum", reverse=True)
+        parts = [sums, backward, n.cumulative(x, "cummax"), n.cumulative(x, "cumprod")]
+        rows = n.reduce_prod(x.reshape(2, 3), [0])
+        n.contract(np.concatenate([*parts, rows]), "second")
+
+    return plain_case(apply, {"first": (3, 6), "second": (27, 3)}, describe, (3,))
+
+
+def _cumulative_over_positions() -> Case:
+    """Along an axis that is not the last."""
+
+    def apply(p, x):
+        return jnp.cumsum(x @ p["first"], axis=1).reshape(-1, 12) @ p["second"]
+
+    def describe(n):
+        x = n.contract(n.input, "first")
+        n.contract(n.cumulative(x, "cumsum", axis=0).ravel(), "second")
+
+    return plain_case(apply, {"first": (2, 3), "second": (12, 3)}, describe, (4, 2))
+
+
 def _matrix_products() -> Case:
     """Attention without a softmax: products of two values that both depend on the image."""
 
@@ -734,14 +769,13 @@ def _table(*makers: Callable[[], Case]) -> dict[str, Callable[[], Case]]:
 
 
 EXACT = _table(
-    _mlp, _plain_mlp, _conv_valid, _conv_same_strided, _conv_padded, _conv_dilated,
-    _conv_grouped, _conv_depthwise, _conv_1d, _conv_transposed, _conv_channels_first,
-    _max_pool, _max_pool_overlapping, _avg_pool, _avg_pool_uneven, _batch_norm, _residual,
-    _moves, _padded_convolution, _global_mean, _global_sum, _global_max, _maximum, _constants,
-    _negatives, _difference, _gating, _powers, _matrix_products, _tied_weights, _weights_first,
-    _layer_used_twice,
-    _dense_over_positions, _dense_general, _scaled_by_parameter, _divided_by_parameter, _lenet,
-    _resnet,
+    _mlp, _plain_mlp, _conv_valid, _conv_same_strided, _conv_padded, _conv_dilated, _conv_grouped,
+    _conv_depthwise, _conv_1d, _conv_transposed, _conv_channels_first, _max_pool,
+    _max_pool_overlapping, _avg_pool, _avg_pool_uneven, _batch_norm, _residual, _moves,
+    _padded_convolution, _global_mean, _global_sum, _global_max, _maximum, _constants, _negatives,
+    _difference, _gating, _powers, _cumulative, _cumulative_over_positions, _matrix_products,
+    _tied_weights, _weights_first, _layer_used_twice, _dense_over_positions, _dense_general,
+    _scaled_by_parameter, _divided_by_parameter, _lenet, _resnet,
 )  # fmt: skip
 INEXACT = _table(
     _attention_block, _softmax_inside, _quotient, _elementwise, _lstm, _gru

@@ -52,9 +52,9 @@ class Sum:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """`sum(a * b)` over pairs of two sources."""
+    """`sum(a * b * ...)` over products of sources."""
 
-    pairs: tuple[tuple[int, int], ...]
+    products: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +334,23 @@ class Network:
             label, shape, lambda at: Maximum(tuple(int(i) for i in lines[at])), channel
         )
 
+    def reduce_prod(self, x: Layer, axes: Sequence[int]) -> Layer:
+        """The product over `axes`."""
+        lines, shape = _lines(x, axes)
+        return self._neuron("reduce_prod", shape, lambda at: Product((tuple(map(int, lines[at])),)))
+
+    def cumulative(self, x: Layer, label: str, axis: int = 0, reverse: bool = False) -> Layer:
+        """Along `axis`, the sum, product or maximum of what came so far."""
+
+        def make(at):
+            line = x[(*at[:axis], slice(None), *at[axis + 1 :])]
+            some = [int(i) for i in (line[at[axis] :] if reverse else line[: at[axis] + 1])]
+            if label == "cumsum":
+                return Sum(tuple(Term(i, 1.0) for i in some))
+            return Product((tuple(some),)) if label == "cumprod" else Maximum(tuple(some))
+
+        return self._neuron(label, x.shape, make)
+
     def maximum(self, a: Layer, b: Layer, label: str = "max") -> Layer:
         """The larger of two layers, place by place."""
         return self._neuron(label, a.shape, lambda at: Maximum((int(a[at]), int(b[at]))))
@@ -410,8 +427,8 @@ class Network:
                     values[i] = value
                 case Sum(terms, constant):
                     values[i] = sum(t.weight * values[t.source] for t in terms) + constant
-                case Product(pairs):
-                    values[i] = sum(values[a] * values[b] for a, b in pairs)
+                case Product(products):
+                    values[i] = sum(math.prod(values[s] for s in factors) for factors in products)
                 case Maximum(sources):
                     values[i] = max(values[s] for s in sources)
                 case Function(source, function, _):
@@ -603,10 +620,10 @@ def _groups(cell, values: np.ndarray) -> list[list[Term]]:
     match cell:
         case Sum(terms, _):
             return [list(terms)]
-        case Product(pairs):
+        case Product(products):
             return [
-                [Term(a, float(values[b])) for a, b in pairs],
-                [Term(b, float(values[a])) for a, b in pairs],
+                [Term(factors[k], _others(factors, k, values)) for factors in products]
+                for k in range(len(products[0]))
             ]
         case Maximum(sources):
             top = max(values[s] for s in sources)
@@ -614,6 +631,11 @@ def _groups(cell, values: np.ndarray) -> list[list[Term]]:
         case Function(source, _, passes):
             return [[Term(source, 1.0)]] if passes(values[source]) else []
     return []
+
+
+def _others(factors: Sequence[int], k: int, values: np.ndarray) -> float:
+    """The product of all factors but one: the weight of that one."""
+    return math.prod(float(values[s]) for i, s in enumerate(factors) if i != k)
 
 
 def _lines(x: Layer, axes: Sequence[int]) -> tuple[Layer, tuple[int, ...]]:
