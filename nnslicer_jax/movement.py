@@ -4,7 +4,7 @@ Deltas of moved data are the moved deltas, and what comes back to moved data goe
 inverse movement, a value used several times receiving the sum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ def forward(node: Node, values: Sequence[jax.Array], moved: Sequence[Any]) -> tu
     for i in node.moved:
         given = moved[i]
         operands[i] = _zeros(values[i]) if given is None else given.astype(jnp.float32)
-    return node.bind(*operands)
+    return _mover(node, values)(*operands)
 
 
 def backward(
@@ -56,12 +56,13 @@ def backward(
     if node.key in operations.IDENTITY:
         return list(back)
     places = [i for i in node.moved if wanted[i]]
+    mover = _mover(node, values)
 
     def move(*numbers: jax.Array) -> tuple[jax.Array, ...]:
         operands = [_zeros(v) if i in node.moved else v for i, v in enumerate(values)]
         for place, number in zip(places, numbers, strict=True):
             operands[place] = number
-        return node.bind(*operands)
+        return mover(*operands)
 
     avals = [jax.ShapeDtypeStruct(values[i].shape, jnp.float32) for i in places]
     outs = jax.eval_shape(move, *avals)
@@ -74,6 +75,21 @@ def backward(
         for place, value in zip(places, transposed, strict=True):
             returned[place] = value
     return returned
+
+
+def _mover(node: Node, values: Sequence[jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """The node as a linear function of what accompanies the values it moves."""
+    if node.key not in operations.ORDER:
+        return node.bind
+    if node.key == "sort":
+        axis = node.params["dimension"]
+        places = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, axis)
+        *_, order = jax.lax.sort((*values, places), axis, num_keys=node.params["num_keys"])
+        return lambda *moved: tuple(jnp.take_along_axis(m, order, axis) for m in moved)
+    axis = node.params.get("axis", -1)
+    _, order = node.bind(*values)
+    # Indices, the second output, are no moved data.
+    return lambda moved: (jnp.take_along_axis(moved, order, axis), _zeros(order))
 
 
 def _zeros(value: Any) -> jax.Array:

@@ -14,6 +14,8 @@ REARRANGE = frozenset({
     "gather", "pad", "reshape", "rev", "select_n", "slice", "split", "squeeze", "stack", "tile",
     "transpose", "unstack",
 })  # fmt: skip
+# Moves to where the values themselves say.
+ORDER = frozenset({"sort", "top_k"})
 # What a custom derivative rule was attached to: see `graph.Node`.
 CUSTOM_DERIVATIVE = "custom_derivative"
 # Activation functions: calls kept whole. The body of any other call is spliced in, so that
@@ -27,7 +29,7 @@ MOVED_OPERANDS = {
     "dynamic_slice": slice(1), "dynamic_update_slice": slice(2), "gather": slice(1),
     "select_n": slice(1, None),
 }  # fmt: skip
-MOVEMENT = IDENTITY | REARRANGE | {CUSTOM_DERIVATIVE}
+MOVEMENT = IDENTITY | REARRANGE | ORDER | {CUSTOM_DERIVATIVE}
 
 # Functions of one array, element by element.
 UNARY = frozenset({

@@ -1,5 +1,6 @@
 """NNSlicer's slices against the naive oracle, on a small network of every layer kind."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -278,6 +279,55 @@ def test_more_seeds():
             assert_same(pieces, expected, row)
             seen.add(sum(np.count_nonzero(a) for a in expected.synapses.values()))
     assert len(seen) > 5 and min(seen) > 0
+
+
+# Data moved to where the sample says --------------------------------------------------------
+
+
+def ordered(x):
+    yield jnp.sort(x, axis=1)
+    yield jnp.sort(x, axis=1, descending=True)
+    yield jax.lax.top_k(x, 4)[0]
+    yield jnp.take_along_axis(x, jnp.argsort(-x, axis=1), axis=1)
+    yield jax.lax.sort((jnp.square(x - 1), x), dimension=1, num_keys=1)[1]
+
+
+def test_sorted_data_moves_by_the_order_of_the_sample():
+    rng = np.random.default_rng(0)
+    images = rng.integers(-3, 4, (6, 3)).astype(np.float32)
+    shapes = {"first": (3, 6), "second": (28, 3)}
+    params = {k: jnp.asarray(rng.integers(-2, 3, s), jnp.float32) for k, s in shapes.items()}
+    # The fraction tells equal numbers apart, and says where each came from.
+    place = jnp.arange(6.0)[None] / 64
+
+    def hidden(p, x):
+        return x @ p["first"] + place
+
+    def sorts(p, x):
+        return jnp.concatenate(list(ordered(hidden(p, x))), axis=1) @ p["second"]
+
+    graph = nns.trace(sorts, params, images[:1])
+    profile = nns.profile(graph, params, images)
+    orders = np.concatenate(list(ordered(hidden(params, images))), axis=1) % 1 * 64
+    for image, order in zip(images[:2, None], orders.astype(int), strict=False):
+
+        def moves(p, x, order=order):
+            return hidden(p, x)[:, order] @ p["second"]
+
+        moved = nns.trace(moves, params, image)
+        means = {key: profile.means[key] for key in moved.neurons()}
+        known = dataclasses.replace(profile, means=means)
+        for found, expected in (
+            (
+                nns.slice_network(graph, params, profile, image, theta=0.25),
+                nns.slice_network(moved, params, known, image, theta=0.25),
+            ),
+            (nns.effective_path(graph, params, image), nns.effective_path(moved, params, image)),
+        ):
+            for key, contrib in expected.synapses.items():
+                np.testing.assert_array_equal(found.synapses[key], contrib, err_msg=key)
+            for key, contrib in expected.neurons.items():
+                np.testing.assert_array_equal(found.neurons[key], contrib, err_msg=key)
 
 
 # Weights made of parameters ---------------------------------------------------------------
