@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnslicer_jax.convolution import convolve
 from nnslicer_jax.graph import Graph, Neuron, Node, UnsupportedError
@@ -51,6 +52,7 @@ def forward(
     rules: Rules,
     leaves: Sequence[Any],
     edits: Mapping[int, Callable[[Any], Any]] | None = None,
+    consts: Mapping[int, Any] | None = None,
 ) -> Env:
     """Runs `rule(node, *inputs) -> outputs` on every node that reads the sample.
 
@@ -59,6 +61,7 @@ def forward(
       rules: The interpretation.
       leaves: What to carry for each parameter leaf, then for the sample.
       edits: Value id to a map of what is carried there, applied as soon as it is known.
+      consts: What to carry for each constant, in place of the graph's own.
 
     Returns:
       What is carried at each value id.
@@ -69,7 +72,7 @@ def forward(
     def put(ident: int, value: Any) -> None:
         env[ident] = edits[ident](value) if ident in edits else value
 
-    for ident, value in graph.consts.items():
+    for ident, value in (graph.consts if consts is None else consts).items():
         env[ident] = value
     for ident, value in zip((*graph.params.values(), graph.input), leaves, strict=True):
         put(ident, value)
@@ -133,6 +136,9 @@ EVALUATE = Rules("evaluate", default=run)
 def record(graph: Graph, params: Any, sample: jax.Array) -> Env:
     """Every value of the model on one sample.
 
+    A constant of -inf, such as masks attention, is taken as the lowest number: their exponentials
+    are equal, but an infinity has no mean to differ from.
+
     Args:
       graph: The traced model.
       params: The parameters, structured as they were traced.
@@ -141,7 +147,14 @@ def record(graph: Graph, params: Any, sample: jax.Array) -> Env:
     Returns:
       The array at each value id, in its traced shape.
     """
-    return forward(graph, EVALUATE, [*leaves(graph, params), sample[None]])
+    consts = {i: _finite(value, graph.values[i].dtype) for i, value in graph.consts.items()}
+    return forward(graph, EVALUATE, [*leaves(graph, params), sample[None]], consts=consts)
+
+
+def _finite(value: Any, dtype: Any) -> Any:
+    if not jnp.issubdtype(dtype, jnp.floating) or not np.any(np.asarray(value) == -np.inf):
+        return value
+    return jnp.maximum(jnp.asarray(value, dtype), jnp.finfo(dtype).min)
 
 
 def unbatched(activation: jax.Array, neuron: Neuron) -> jax.Array:

@@ -281,6 +281,54 @@ def test_more_seeds():
     assert len(seen) > 5 and min(seen) > 0
 
 
+# Masks ------------------------------------------------------------------------------------
+
+
+def masked_attention(lowest: float, added: bool):
+    """Causal attention in which each position reads those before it."""
+    causal = np.tril(np.ones((4, 4), bool))[None]
+
+    def apply(p, x):
+        query, key, value = (x @ p[name] for name in ("query", "key", "value"))
+        scores = query @ key.swapaxes(1, 2)
+        if added:
+            scores = scores + np.where(causal, 0, np.float32(lowest))
+        else:
+            scores = jnp.where(causal, scores, lowest)
+        return (nn.softmax(scores) @ value).reshape(-1, 8) @ p["out"]
+
+    return apply
+
+
+@pytest.mark.parametrize("baseline", ["channel", "position"])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_mask_of_minus_infinity_is_the_lowest_number(added, baseline):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 4, 3)).astype(np.float32)
+    shapes = {"query": (3, 2), "key": (3, 2), "value": (3, 2), "out": (8, 3)}
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    pieces = []
+    for lowest in (-np.inf, np.finfo(np.float32).min):
+        graph = nns.trace(masked_attention(lowest, added), params, images[:1])
+        logits, _ = nns.evaluate(graph, params, jnp.asarray(images))
+        np.testing.assert_allclose(
+            logits, masked_attention(lowest, added)(params, jnp.asarray(images)), rtol=1e-5
+        )
+        profile = nns.profile(graph, params, images, baseline=baseline)
+        assert all(np.isfinite(mean).all() for mean in profile.means.values())
+        piece = nns.slice_network(graph, params, profile, images, theta=0.1)
+        pieces.append((piece, nns.effective_path(graph, params, images)))
+    for found, expected in zip(*pieces, strict=True):
+        assert all(np.any(contrib) for contrib in expected.synapses.values())
+        for ours, theirs in (
+            (found.synapses, expected.synapses),
+            (found.neurons, expected.neurons),
+        ):
+            assert set(ours) == set(theirs)
+            for key, contrib in theirs.items():
+                np.testing.assert_array_equal(ours[key], contrib, err_msg=key)
+
+
 # Data moved to where the sample says --------------------------------------------------------
 
 
