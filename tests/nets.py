@@ -702,6 +702,21 @@ def _attention_block() -> Case:
     return flax_case(body, describe, (3, 4), whole=False)
 
 
+def _causal_attention() -> Case:
+    """Attention in which each position reads those before it."""
+
+    def body(x):
+        mask = nn.make_causal_mask(x[..., 0])
+        return nn.Dense(3)(nn.MultiHeadDotProductAttention(num_heads=2)(x, mask=mask).mean(axis=1))
+
+    def describe(n):
+        mask = np.tril(np.ones((3, 3), bool))
+        x = attention(n, n.input, "MultiHeadDotProductAttention_0", mask)
+        dense(n, n.scale(n.reduce_sum(x, [0]), 1 / 3, label="div"), "Dense_0")
+
+    return flax_case(body, describe, (3, 4), whole=False)
+
+
 def _softmax_inside() -> Case:
     def body(x):
         x = nn.softmax(nn.Dense(5)(x))
@@ -778,5 +793,5 @@ EXACT = _table(
     _scaled_by_parameter, _divided_by_parameter, _lenet, _resnet,
 )  # fmt: skip
 INEXACT = _table(
-    _attention_block, _softmax_inside, _quotient, _elementwise, _lstm, _gru
+    _attention_block, _causal_attention, _softmax_inside, _quotient, _elementwise, _lstm, _gru
 )  # fmt: skip

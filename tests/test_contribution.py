@@ -281,6 +281,41 @@ def test_more_seeds():
     assert len(seen) > 5 and min(seen) > 0
 
 
+# Embeddings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.25])
+def test_an_embedding_counts_for_the_rows_looked_up(theta):
+    def tail(p, x):
+        return nn.relu(x @ p["first"]).reshape(-1, 16) @ p["second"]
+
+    def describe(n):
+        n.contract(n.relu(n.contract(n.input, "first")).ravel(), "second")
+
+    shapes = {"first": (3, 4), "second": (16, 3)}
+    case = nets.plain_case(tail, shapes, describe, (4, 3))
+    rng = np.random.default_rng(0)
+    table = rng.integers(-2, 3, (7, 3)).astype(np.float32)
+    tokens = rng.integers(0, 7, (8, 4)).astype(np.int32)
+    params = {**case.params, "table": jnp.asarray(table)}
+    graph = nns.trace(lambda p, x: tail(p, jnp.take(p["table"], x, axis=0)), params, tokens[:1])
+    profile = nns.profile(graph, params, tokens)
+    found = nns.slice_network(graph, params, profile, tokens[:3], theta=theta, per_sample=True)
+    # To the oracle the rows that were looked up are the sample.
+    network, means = case.network, case.network.means(table[tokens], "channel")
+    for row, sample in enumerate(tokens[:3]):
+        values = network.run(table[sample])
+        chosen = [int(np.argmax(values[network.output]))]
+        expected = naive.contributions(network, values, means, chosen, theta)
+        rows = np.zeros((7, 3), int)
+        np.add.at(rows, sample, expected.neurons["input"])
+        assert np.any(rows)
+        np.testing.assert_array_equal(found.synapses["table"][row], rows)
+        np.testing.assert_array_equal(found.neurons["gather"][row], expected.neurons["input"])
+        for name in shapes:
+            np.testing.assert_array_equal(found.synapses[name][row], expected.synapses[name])
+
+
 # Masks ------------------------------------------------------------------------------------
 
 

@@ -137,6 +137,30 @@ def test_only_the_first_samples_shape_and_type_matter():
     assert [str(n) for n in abstract.nodes] == [str(n) for n in graph.nodes]
 
 
+@pytest.mark.parametrize(
+    "branch, taken",
+    [
+        (lambda x: jax.lax.switch(np.int32(1), [jnp.sin, jnp.cos, jnp.tanh], x), "cos"),
+        (lambda x: jax.lax.switch(jnp.argmax(jnp.array([0, 5])), [jnp.sin, jnp.tanh], x), "tanh"),
+        (lambda x: jax.lax.switch(jnp.int32(7), [jnp.sin, jnp.cos], x), "cos"),
+        (lambda x: jax.lax.cond(jnp.array(True), jnp.sin, jnp.cos, x), "sin"),
+        (lambda x: jax.lax.cond(jnp.sum(jnp.zeros(3)) > 0, jnp.sin, jnp.cos, x), "cos"),
+    ],
+)  # fmt: skip
+def test_a_constant_takes_its_branch(branch, taken):
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)), jnp.float32)}
+    x = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+
+    def apply(p, x):
+        return branch(x @ p["w"])
+
+    graph = nns.trace(apply, params, x)
+    assert [name.split("/")[-1] for name in graph.neurons()] == ["input", "dot_general", taken]
+    np.testing.assert_allclose(run(graph)(params, x), apply(params, x), rtol=1e-6)
+    piece = nns.slice_network(graph, params, nns.profile(graph, params, x), x, theta=0.0)
+    assert np.any(piece.synapses["w"])
+
+
 # Derivatives ------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ def softmax(n: Network, x: Layer) -> Layer:
     return n.divide(powers, total[..., None], "integer_pow", "mul")
 
 
-def attention(n: Network, x: Layer, name: str) -> Layer:
+def attention(n: Network, x: Layer, name: str, mask: np.ndarray | None = None) -> Layer:
     """`nn.MultiHeadDotProductAttention` of `x` [tokens, features] with itself."""
     path = f"params/{name}/"
     with n.scope(name):
@@ -67,6 +67,8 @@ def attention(n: Network, x: Layer, name: str) -> Layer:
         query = n.scale(query, 1 / np.sqrt(query.shape[-1]), label="div")
         with n.scope("...qhd,...khd->...hqk"):
             weights = n.matrix_product(query.transpose(1, 0, 2), key.transpose(1, 2, 0))
+        if mask is not None:
+            weights = n.masked(weights, mask, float(np.finfo(np.float32).min))
         weights = softmax(n, weights)
         with n.scope("...hqk,...khd->...qhd"):
             # Flax multiplies the values by the weights: [head, depth, query].

@@ -149,6 +149,11 @@ class Network:
         self.cells.append(Constant(value))
         return np.pad(x, widths, constant_values=len(self.cells) - 1)
 
+    def masked(self, x: Layer, mask: np.ndarray, value: float) -> Layer:
+        """Puts a constant where `mask`, which broadcasts against `x`, is false."""
+        self.cells.append(Constant(value))
+        return np.where(mask, x, len(self.cells) - 1)
+
     def contract(self, x: Layer, kernel: str, axes: int = 1, label: str = "dot_general") -> Layer:
         """The last `axes` axes of `x` with the first ones of the kernel."""
         shape = self.parameters[kernel].shape
