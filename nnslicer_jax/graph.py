@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 from nnslicer_jax import channels, operations
@@ -315,7 +316,7 @@ class _Tracer:
             return outs
         if name == "scan":
             return self.unroll(eqn, ins, where)
-        if name == "cond" and not (self.values[ins[0]].data or self.values[ins[0]].parameters):
+        if name == "cond" and self.is_constant(ins[0]):
             branch = eqn.params["branches"][int(self.known(ins[0]))]
             return self.walk(*_open(branch), ins[1:], where)
         if name in ("while", "cond") and any(data):
@@ -330,7 +331,14 @@ class _Tracer:
                 return jax.lax.mul(a, jax.lax.integer_pow(b, -1))
 
             return self.splice(quotient, [v.aval for v in eqn.invars], ins, where)
+        if name == "scatter-add" and data[2] and _is_countable(eqn) and self.is_constant(ins[1]):
+            total = _landed(eqn, self.known(ins[1]), of_operand=data[0])
+            return self.splice(total, [v.aval for v in eqn.invars], ins, where)
         return self.node(name, eqn, ins, where)
+
+    def is_constant(self, ident: int) -> bool:
+        """Whether a value depends neither on the sample nor on a parameter."""
+        return not (self.values[ident].data or self.values[ident].parameters)
 
     def node(self, key: str, eqn: Any, ins: list[int], where: str) -> list[int]:
         data = tuple(self.values[i].data for i in ins)
@@ -391,6 +399,45 @@ class _Tracer:
             column = [rows[t][j] for t in steps]
             stacked += self.splice(_stack, [var.aval] * length, column, scope)
         return [*carry, *stacked]
+
+
+def _is_countable(eqn: Any) -> bool:
+    """Whether float32 can number the places of a scatter's floats."""
+    operand = eqn.invars[0].aval
+    return jnp.issubdtype(operand.dtype, jnp.floating) and operand.size < 2**24
+
+
+def _landed(eqn: Any, indices: Any, of_operand: bool) -> Callable:
+    """A `scatter-add` to known places as sums of what lands at each place.
+
+    Args:
+      eqn: The equation.
+      indices: Where its updates land.
+      of_operand: Whether what stood there before is a term too, or is added afterwards.
+    """
+    operand, _, updates = (v.aval for v in eqn.invars)
+    with jax.ensure_compile_time_eval():
+        # The transpose of adding reads, for each update, the number of its place; 0 if none.
+        number = jnp.arange(1.0, operand.size + 1).reshape(operand.shape)
+        blank = jnp.zeros(operand.shape)
+        add = functools.partial(eqn.primitive.bind, **eqn.params)
+        lands = jax.linear_transpose(lambda u: add(blank, indices, u), jnp.zeros(updates.shape))
+        places = np.asarray(lands(number)[0], int).ravel() - 1
+    order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0) :]
+    counts = np.bincount(places[order], minlength=operand.size)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    # Where fewer land than at the fullest place, a number past the last reads 0.
+    sources = np.full((operand.size, max(counts.max(initial=0), 1)), updates.size)
+    sources[places[order], rank] = order
+
+    def total(before: Any, _: Any, some: Any) -> Any:
+        padded = jnp.pad(some.ravel(), (0, 1))
+        terms = padded[sources].reshape(*operand.shape, -1)
+        if of_operand:
+            return jnp.concatenate([before[..., None], terms], -1).sum(-1)
+        return before + terms.sum(-1)
+
+    return total
 
 
 def _rows(t: int, *arrays: Any) -> list[Any]:

@@ -535,6 +535,24 @@ def _cumulative_over_positions() -> Case:
     return plain_case(apply, {"first": (2, 3), "second": (12, 3)}, describe, (4, 2))
 
 
+def _graph_convolution() -> Case:
+    """Messages along edges, added up from nothing and to what nodes hold; one leads nowhere."""
+    sources, places = np.array([0, 1, 2, 3, 3, 1]), np.array([1, 0, 1, 2, 9, 1])
+
+    def apply(p, x):
+        x = x @ p["first"]
+        x = nn.relu(jnp.zeros_like(x).at[:, places].add(x[:, sources]))
+        x = x.at[:, places].add(x[:, sources])
+        return x.reshape(-1, 12) @ p["second"]
+
+    def describe(n):
+        x = n.contract(n.input, "first")
+        x = n.relu(n.bias(n.landing(x[sources], places, 4), 0.0))
+        n.contract(n.landing(x[sources], places, 4, before=x).ravel(), "second")
+
+    return plain_case(apply, {"first": (2, 3), "second": (12, 3)}, describe, (4, 2))
+
+
 def _matrix_products() -> Case:
     """Attention without a softmax: products of two values that both depend on the image."""
 
@@ -788,7 +806,8 @@ EXACT = _table(
     _conv_depthwise, _conv_1d, _conv_transposed, _conv_channels_first, _max_pool,
     _max_pool_overlapping, _avg_pool, _avg_pool_uneven, _batch_norm, _residual, _moves,
     _padded_convolution, _global_mean, _global_sum, _global_max, _maximum, _constants, _negatives,
-    _difference, _gating, _powers, _cumulative, _cumulative_over_positions, _matrix_products,
+    _difference, _gating, _powers, _cumulative, _cumulative_over_positions, _graph_convolution,
+    _matrix_products,
     _tied_weights, _weights_first, _layer_used_twice, _dense_over_positions, _dense_general,
     _scaled_by_parameter, _divided_by_parameter, _lenet, _resnet,
 )  # fmt: skip

@@ -339,6 +339,18 @@ class Network:
             label, shape, lambda at: Maximum(tuple(int(i) for i in lines[at])), channel
         )
 
+    def landing(
+        self, x: Layer, places: Sequence[int], count: int, before: Layer | None = None
+    ) -> Layer:
+        """Row i of the result sums the rows of `x` whose place is i, and that of `before`."""
+
+        def make(at):
+            sources = [x[(r, *at[1:])] for r, place in enumerate(places) if place == at[0]]
+            sources += [] if before is None else [before[at]]
+            return Sum(tuple(Term(int(s), 1.0) for s in sources))
+
+        return self._neuron("reduce_sum", (count, *x.shape[1:]), make)
+
     def reduce_prod(self, x: Layer, axes: Sequence[int]) -> Layer:
         """The product over `axes`."""
         lines, shape = _lines(x, axes)
