@@ -74,7 +74,7 @@ def deltas(graph: Graph, env: Env, means: Mapping[int, jax.Array]) -> list[Term 
             terms = [found[i] or Term(env[i], None) for i in node.inputs]
             moved = movement.forward(node, [t.value for t in terms], [t.delta for t in terms])
             for ident, delta in zip(node.outputs, moved, strict=True):
-                found[ident] = Term(env[ident], delta)
+                found[ident] = Term(env[ident], delta if ident in graph.carried else None)
     return found
 
 
@@ -283,8 +283,11 @@ def _product_of_two(node, args, outs, back, how):
 def _product(node, args, outs, back, how):
     """CONTRIB * dy * w * dx, the other factors together being the weight of each."""
     gather = gathering(node)
-    signs = sign(gathering(node, 1.0)(args[0].value))[..., None, :]
-    others = jnp.where(jnp.eye(signs.shape[-1], dtype=bool), 1, signs).prod(-1)
+    signs = sign(gathering(node, 1.0)(args[0].value))
+    zero = signs == 0
+    others = jnp.where(zero, 1, signs)
+    others = others * others.prod(-1, keepdims=True)
+    others = jnp.where(zero.sum(-1, keepdims=True) > zero, 0, others)
     edge = others * sign(gather(args[0].delta)) * _back(outs, back)[..., None]
     return [inverse(gather, args[0].value.shape, edge)]
 
@@ -351,26 +354,19 @@ def _numbers(args: list[Term]) -> list[bool]:
     return [movement.is_number(a.value) for a in args]
 
 
-# A root is a norm's or that of a variance, which no synapse is.
-@WEIGHTS.register(
-    *(
-        operations.ELEMENTWISE
-        - operations.MOVEMENT
-        - operations.DECISIONS
-        - {"pow", "rsqrt", "sqrt"}
-    )
-)
-def _made_of(node, args, outs, back, how):
-    """A weight computed element by element counts once for each parameter of its own shape.
+_ROOTS = {"pow", "rsqrt", "sqrt"}
 
-    So an operand counts that brings a parameter which those before it did not, unless it divides
-    them.
+
+@WEIGHTS.register(*(operations.ELEMENTWISE - operations.MOVEMENT - operations.DECISIONS - _ROOTS))
+def _made_of(node, args, outs, back, how):
+    """A weight computed element by element counts for each use of a parameter of its shape.
+
+    What divides a parameter does not count, nor what is under a root: they are norms and
+    variances, which no synapse is.
     """
     shape = jnp.shape(outs[0].value)
-    found, met = [], frozenset()
-    for i, (arg, made_of) in enumerate(zip(args, node.parameters, strict=True)):
-        divides = node.key == "div" and i == 1
-        counts = jnp.shape(arg.value) == shape and made_of - met and not (divides and met)
-        found.append(back[0] if counts else None)
-        met |= made_of if counts else frozenset()
-    return found
+    divided = node.key == "div" and node.param[0]
+    return [
+        back[0] if jnp.shape(a.value) == shape and not (divided and i == 1) else None
+        for i, a in enumerate(args)
+    ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnslicer_jax import host_selection
-from nnslicer_jax.graph import Graph
+from nnslicer_jax.graph import Graph, Node
 from nnslicer_jax.products import product
 
 # Memory a batch may take unless the caller says otherwise, bytes.
@@ -22,14 +22,12 @@ class Estimate(NamedTuple):
     """Cost of slicing.
 
     Attributes:
-      products: Weighted sums of the model: its convolutions and matrix products.
       terms: Products of an activation and a weight, per sample.
       bytes: Memory a walk holds, per sample.
       seconds: Time, per sample.
       batch_size: Samples whose memory fits the budget, at least one.
     """
 
-    products: int
     terms: int
     bytes: int
     seconds: float
@@ -58,27 +56,40 @@ def estimate(
       rule: As for `slice_network`.
       memory: Bytes a batch may take.
     """
-    shapes = [product_shape(graph, node) for node in graph.nodes if is_product(graph, node)]
+    shapes = product_shapes(graph)
     terms = sum(math.prod(shape) for shape in shapes)
     patches = max((4 * g * p * (2 * k + o) for g, p, k, o in shapes), default=0)
     # Three arrays for each activation (value, delta, CONTRIB), one for each weight.
     carried = sum(12 * math.prod(graph.values[i].shape) for i in graph.carried)
     weights = sum(4 * math.prod(graph.values[i].shape) for i in graph.params.values())
-    held = carried + weights + 2 * patches
+    # Running sums and the like lay out the terms of each of their outputs.
+    running = max(
+        (
+            4 * math.prod(shape) * shape[node.params["axis"]]
+            for node in graph.nodes
+            if any(node.data) and node.key.startswith("cum")
+            for shape in [graph.values[node.inputs[0]].shape]
+        ),
+        default=0,
+    )
+    held = carried + weights + 2 * max(patches, running)
     seconds = 6 * terms / _multiplications_per_second()
     if theta > 0:
         seconds += terms / 2 / _selections_per_second(rule)
     size = max(1, min(_MOST_SAMPLES, memory // max(held, 1)))
-    return Estimate(len(shapes), terms, held, seconds, size)
+    return Estimate(terms, held, seconds, size)
 
 
-def is_product(graph: Graph, node) -> bool:
-    """Whether a node is a weighted sum that reads the sample."""
-    return node.key in ("dot_general", "conv_general_dilated") and any(node.data)
+def product_shapes(graph: Graph) -> list[tuple[int, int, int, int]]:
+    """Groups, positions, terms and outputs of every weighted sum that reads the sample."""
+    return [
+        _product_shape(graph, node)
+        for node in graph.nodes
+        if node.key in ("dot_general", "conv_general_dilated") and any(node.data)
+    ]
 
 
-def product_shape(graph: Graph, node) -> tuple[int, int, int, int]:
-    """Groups, positions, terms and outputs of a weighted sum."""
+def _product_shape(graph: Graph, node: Node) -> tuple[int, int, int, int]:
     left, right = (
         jax.ShapeDtypeStruct(graph.values[i].shape, jnp.float32) for i in node.inputs[:2]
     )

@@ -27,7 +27,7 @@ from nnslicer_jax.contribution import (
     sum_edges,
 )
 from nnslicer_jax.fold import Env, Rules
-from nnslicer_jax.graph import Graph
+from nnslicer_jax.graph import Graph, UnsupportedError
 from nnslicer_jax.movement import fitted
 from nnslicer_jax.products import inverse
 
@@ -108,7 +108,9 @@ def _negative(node, args, outs, back, how):
     "atan2", "clamp", "nextafter", "pow", "rem",
 )  # fmt: skip
 def _elementwise(node, args, outs, back, how):
-    return fitted([_on(back) for _ in args], args)
+    if sum(node.data) != 1:
+        raise UnsupportedError(f"effective path: no rule for {node} of several inputs")
+    return fitted([_on(back) if data else None for data in node.data], args)
 
 
 @RULES.register("reduce_prod", "cumprod")

@@ -155,7 +155,7 @@ def _on_all(
         or (key == "squeeze" and 0 not in q["dimensions"])
         or (key == "pad" and q["padding_config"][0] == (0, 0, 0))
         or (
-            "window_dimensions" in q
+            key.startswith("reduce_window")
             and q["padding"][0] == (0, 0)
             and all(
                 q[name][0] == 1 for name in ("window_dimensions", "window_strides", "base_dilation")

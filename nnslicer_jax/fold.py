@@ -1,7 +1,7 @@
 """Folds over a `Graph`: forward along the computation, backward against it.
 
-An interpretation is a `Rules` table and what it carries; this module knows neither. Folds work
-on one sample (traced shapes); batches are `vmap` of a fold.
+An interpretation is a `Rules` table and what it carries; this module knows neither. Most work
+on one sample (traced shapes), and batches are `vmap` of the fold; `evaluation` carries batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +36,6 @@ class Rules:
             return rule
 
         return add
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._rules or self._default is not None
 
     def __getitem__(self, node: Node) -> Callable:
         rule = self._rules.get(node.key, self._default)

@@ -45,13 +45,13 @@ class Value(NamedTuple):
       shape: Traced shape, with the batch of one where the model put it.
       dtype: Element type.
       data: Whether it depends on the sample.
-      parameters: Value ids of the parameters it depends on.
+      param: Whether it depends on a parameter.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     data: bool
-    parameters: frozenset[int]
+    param: bool
 
     @property
     def is_float(self) -> bool:
@@ -72,7 +72,7 @@ class Node:
         what the spliced body computed; it differentiates as the call does.
       outputs: Value ids written.
       data: For each input, whether it depends on the sample.
-      parameters: For each input, value ids of the parameters it depends on.
+      param: For each input, whether it depends on a parameter.
       scope: Module path such as "LeNet/Conv_0"; "[t]" marks the step of a scan.
     """
 
@@ -83,7 +83,7 @@ class Node:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     data: tuple[bool, ...]
-    parameters: tuple[frozenset[int], ...]
+    param: tuple[bool, ...]
     scope: str
 
     @property
@@ -196,6 +196,11 @@ class Graph:
         found = {self.input}
         for node in self.nodes:
             if any(node.data):
+                if node.key in operations.ORDER:
+                    # Indices say where from; they are no moved data.
+                    pairs = zip(node.inputs, node.outputs, strict=False)
+                    found.update(o for i, o in pairs if i in found or self.values[o].is_float)
+                    continue
                 moves = node.key in operations.MOVEMENT and any(
                     node.inputs[i] in found for i in node.moved
                 )
@@ -260,12 +265,13 @@ class _Tracer:
         self.nodes: list[Node] = []
         self.values: list[Value] = []
         self.consts: dict[int, Any] = {}
+        self.computed: dict[int, Any] = {}  # of constants, where tracing needs their values
 
     def graph(self, closed: Any, params: Any, shape: Any) -> Graph:
         named, _ = jax.tree_util.tree_flatten_with_path(params)
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
         avals = closed.in_avals
-        leaves = [self.fresh(a, parameters=frozenset([i])) for i, a in enumerate(avals[:-1])]
+        leaves = [self.fresh(a, param=True) for a in avals[:-1]]
         sample = self.fresh(avals[-1], data=True)
         outs = self.walk(closed.jaxpr, closed.consts, [*leaves, sample], "")
         tree = jax.tree.structure(shape)
@@ -275,10 +281,8 @@ class _Tracer:
             tuple(outs), logits, self.consts, tree,
         )  # fmt: skip
 
-    def fresh(
-        self, aval: Any, *, data: bool = False, parameters: frozenset[int] = frozenset()
-    ) -> int:
-        self.values.append(Value(tuple(aval.shape), aval.dtype, data, parameters))
+    def fresh(self, aval: Any, *, data: bool = False, param: bool = False) -> int:
+        self.values.append(Value(tuple(aval.shape), aval.dtype, data, param))
         return len(self.values) - 1
 
     def const(self, value: Any) -> int:
@@ -338,16 +342,15 @@ class _Tracer:
 
     def is_constant(self, ident: int) -> bool:
         """Whether a value depends neither on the sample nor on a parameter."""
-        return not (self.values[ident].data or self.values[ident].parameters)
+        return not (self.values[ident].data or self.values[ident].param)
 
     def node(self, key: str, eqn: Any, ins: list[int], where: str) -> list[int]:
         data = tuple(self.values[i].data for i in ins)
-        parameters = tuple(self.values[i].parameters for i in ins)
-        every = frozenset().union(*parameters)
-        outs = [self.fresh(v.aval, data=any(data), parameters=every) for v in eqn.outvars]
+        param = tuple(self.values[i].param for i in ins)
+        outs = [self.fresh(v.aval, data=any(data), param=any(param)) for v in eqn.outvars]
         self.nodes.append(
             Node(len(self.nodes), key, eqn.primitive, eqn.params, tuple(ins), tuple(outs), data,
-                 parameters, where)
+                 param, where)
         )  # fmt: skip
         return outs
 
@@ -355,10 +358,12 @@ class _Tracer:
         """A value that depends neither on the sample nor on a parameter."""
         if ident in self.consts:
             return self.consts[ident]
-        maker = next(node for node in self.nodes if ident in node.outputs)
-        with jax.ensure_compile_time_eval():
-            outs = maker.bind(*[self.known(i) for i in maker.inputs])
-        return outs[maker.outputs.index(ident)]
+        if ident not in self.computed:
+            maker = next(node for node in self.nodes if ident in node.outputs)
+            with jax.ensure_compile_time_eval():
+                outs = maker.bind(*[self.known(i) for i in maker.inputs])
+            self.computed.update(zip(maker.outputs, outs, strict=True))
+        return self.computed[ident]
 
     def is_whole(self, eqn: Any, ins: list[int]) -> bool:
         """Whether a call is an elementwise function of one sample-dependent array alone."""
@@ -367,7 +372,7 @@ class _Tracer:
         operands = [self.values[i] for i in ins if self.values[i].data]
         settings = [self.values[i] for i in ins if not self.values[i].data]
         outs = eqn.outvars
-        if len(operands) != 1 or len(outs) != 1 or any(s.parameters for s in settings):
+        if len(operands) != 1 or len(outs) != 1 or any(s.param for s in settings):
             return False
         shape = operands[0].shape
         if not operands[0].is_float or tuple(outs[0].aval.shape) != shape:

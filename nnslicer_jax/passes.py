@@ -86,7 +86,8 @@ def _threshold(rows: jax.Array, columns: jax.Array, selection: Selection) -> jax
             v = jnp.where(i == 0, -jnp.inf, v)
             found = _total(lambda x, w: jnp.where(x * w >= v, x * w, 0), *terms)
             whole = jnp.where(i == 0, found, whole)
-            fits = found >= selection.theta * whole
+            # Some term stays, also at theta 0.
+            fits = (found > 0) & (found >= selection.theta * whole)
         return jnp.where((i > 0) & fits, tried, bits), whole
 
     shape = jax.eval_shape(jnp.matmul, rows, columns).shape

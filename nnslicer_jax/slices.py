@@ -81,7 +81,8 @@ class Slice:
         """
         self._same(other)
         if self.criterion != other.criterion:
-            odd = sorted(k for k, v in self.criterion.items() if v != other.criterion.get(k))
+            keys = {**self.criterion, **other.criterion}
+            odd = [k for k in keys if self.criterion.get(k) != other.criterion.get(k)]
             raise ValueError(
                 f"slices made in different ways do not add up: {', '.join(odd)} differ"
             )

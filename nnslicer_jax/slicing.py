@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from nnslicer_jax import contribution
 from nnslicer_jax.batches import batches, check_params, count, devices
 from nnslicer_jax.contribution import WEIGHTS, deltas
-from nnslicer_jax.cost import estimate
+from nnslicer_jax.cost import estimate, product_shapes
 from nnslicer_jax.effective_path import RULES as PATH_RULES
 from nnslicer_jax.effective_path import activations
 from nnslicer_jax.fold import Rules, backward, leaves, record, unbatched
@@ -35,8 +35,9 @@ from nnslicer_jax.slices import Slice, load_slice
 SELECT = ("auto", "host", "device")
 # Seconds between two saves of progress.
 _SAVE_EVERY = 60
-# Terms of a product for which compiling its passes takes no more time than they save: a second
-# to 3 ns a term.
+# Terms of a product from which on passes are faster than the host, and how many of them, over all
+# images, make up for compiling it: a second, at 3 ns a term.
+_LARGE = 1e7
 _PAYS = 3e8
 # Images by which a resumed call is known to be the same.
 _MARKED = 256
@@ -96,16 +97,16 @@ def slice_network(
         very many, call this batch by batch.
       batch_size: Samples walked at once, which bounds memory; None chooses by `estimate`.
       select: Where theta is applied: "host" (NumPy's sort through a callback; needs CPU arrays
-        at hand), "device" (plain JAX), or "auto": on a CPU the host, but for so many images that
-        compiling the passes of "mass" pays.
+        at hand), "device" (plain JAX), or "auto": on a CPU the host, but under "mass" (and for
+        effective paths) of so many images that compiling `passes` pays.
       progress: Print a line of progress to standard error.
       checkpoint: File to save progress in about once a minute; where it holds progress of the
         same call, that is resumed. Not with `per_sample`.
 
     Returns:
       The slice; the counts are int32 of one sample each, int64 once summed over several. A
-      weight computed from parameters (`tanh(w)`, `w / norm(w)`) counts for those of its own
-      shape; parameters that no weight leads back to (biases, variances, the factors of
+      weight computed from parameters (`tanh(w)`, `w / norm(w)`) counts for each use of those of
+      its own shape; parameters that no weight leads back to (biases, variances, the factors of
       `a @ b`) are not among its synapses.
 
     Raises:
@@ -118,7 +119,7 @@ def slice_network(
         graph, params, images, contribution.RULES, rule, theta, per_sample, batch_size, select
     )
     job = job._replace(means=means_by_value(graph, profile), span=(profile.low, profile.high))
-    about = {"method": "nnslicer", "rule": rule, "theta": theta, "baseline": profile.baseline}
+    about = {"method": "nnslicer", "rule": rule, "theta": job.theta, "baseline": profile.baseline}
     return _run(job, images, outputs, about, progress, checkpoint)
 
 
@@ -158,7 +159,7 @@ def effective_path(
       UnsupportedError: For an operation without a rule; it names operation and module.
     """
     job = _job(graph, params, images, PATH_RULES, "largest", theta, per_sample, batch_size, select)
-    about = {"method": "effective path", "theta": theta}
+    about = {"method": "effective path", "theta": job.theta}
     return _run(job, images, outputs, about, progress, checkpoint)
 
 
@@ -177,6 +178,7 @@ class _Job(NamedTuple):
 def _job(graph, params, images, rules, rule, theta, per_sample, batch_size, select) -> _Job:
     if not 0 <= theta <= 1:
         raise ValueError(f"theta must be in 0..1, not {theta}")
+    theta = float(theta)
     if select not in SELECT:
         raise ValueError(f"select must be one of {', '.join(SELECT)}, not {select!r}")
     if len(graph.values[graph.logits].shape) != 2 or graph.values[graph.logits].shape[0] != 1:
@@ -185,13 +187,13 @@ def _job(graph, params, images, rules, rule, theta, per_sample, batch_size, sele
     leaves(graph, params)
     check_params(params)
     filtered = rule == "largest" or theta > 0
-    cost = estimate(graph, theta if filtered else 0.0, rule)
     host = select == "host"
     if select == "auto" and jax.default_backend() == "cpu":
-        total = count(images) or math.inf
-        host = rule == "signed" or total * cost.terms < cost.products * _PAYS
+        shapes, total = product_shapes(graph), count(images) or math.inf
+        terms = sum(math.prod(shape) for shape in shapes) / max(len(shapes), 1)
+        host = rule == "signed" or terms < _LARGE or total * terms < _PAYS
     if batch_size is None:
-        batch_size = cost.batch_size
+        batch_size = estimate(graph, theta if filtered else 0.0, rule).batch_size
     shared = len(devices())
     if batch_size % shared:
         shared = 1

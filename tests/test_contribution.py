@@ -452,7 +452,50 @@ def test_counts_reach_what_a_weight_was_made_of():
     assert set(found.synapses) == set(MADE)
     for name, contrib in expected.synapses.items():
         assert np.any(contrib), name
-        np.testing.assert_array_equal(found.synapses[name], contrib, err_msg=name)
+        # Some use a parameter several times.
+        uses = np.unique(found.synapses[name][contrib != 0] / contrib[contrib != 0])
+        assert uses.size == 1 and uses[0] in range(1, 9), name
+        np.testing.assert_array_equal(found.synapses[name], uses[0] * contrib, err_msg=name)
+
+
+def test_uses_of_a_parameter_in_several_places_add_up():
+    rng = np.random.default_rng(0)
+    images = rng.integers(-3, 4, (4, 4)).astype(np.float32)
+    w = jnp.asarray(rng.integers(-2, 3, (4, 4)), jnp.float32)
+    column = jnp.asarray(rng.integers(1, 3, (4, 2)), jnp.float32)
+    made = {
+        "symmetric": (lambda w: jnp.triu(w) + jnp.triu(w, 1).T, w),
+        "turned": (lambda w: jnp.triu(w, 1).T + jnp.triu(w), w),
+        "rolled": (lambda w: w + jnp.roll(w, 1, 0), w),
+        "centred": (lambda w: jnp.broadcast_to(w.mean(0, keepdims=True), w.shape) - w, w),
+        "outer": (lambda w: jnp.outer(w.sum(1), jnp.ones(2)) * w, column),
+    }
+    back = {
+        "symmetric": lambda c: np.triu(c) + np.triu(c.T, 1),
+        "turned": lambda c: np.triu(c) + np.triu(c.T, 1),
+        "rolled": lambda c: c + np.roll(c, -1, 0),
+        "centred": lambda c: c,
+        "outer": lambda c: c,
+    }
+    for name, (weight, parameter) in made.items():
+        expected = slice_of(lambda p, x: x @ p["w"], {"w": weight(parameter)}, images)
+        found = slice_of(lambda p, x, weight=weight: x @ weight(p["w"]), {"w": parameter}, images)
+        np.testing.assert_array_equal(
+            found.synapses["w"], back[name](expected.synapses["w"]), err_msg=name
+        )
+
+
+def test_an_order_is_a_number_of_its_own():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 5)).astype(np.float32)
+    params = {"w": (5, 6), "b": (6, 3)}
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in params.items()}
+    for order in (lambda h: jnp.argsort(h), lambda h: jax.lax.top_k(h, 6)[1]):
+        found = slice_of(
+            lambda p, x, order=order: order(x @ p["w"]).astype(jnp.float32) @ p["b"], params, images
+        )
+        # Which place a number takes is a decision: it leads no further back.
+        assert np.any(found.synapses["b"]) and not np.any(found.synapses.get("w", 0))
 
 
 def test_counts_reach_each_parameter_of_the_weights_shape():

@@ -421,6 +421,37 @@ def test_edits_are_differentiable():
         )
 
 
+def test_derivatives_of_pooling_inside_a_model():
+    def pooled(x):
+        return nn.max_pool(x, (2, 2), (2, 2))
+
+    def backwards(p, x):
+        return jax.grad(lambda x: (pooled(x) ** 2).sum())(x).reshape(len(x), -1) @ p
+
+    def forwards(p, x):
+        return jax.jvp(pooled, (x,), (jnp.ones_like(x),))[1].reshape(len(x), -1) @ p[:8]
+
+    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+    p = jax.random.normal(jax.random.key(1), (32, 3))
+    for apply in (backwards, forwards):
+        graph = nns.trace(apply, p, x[:1])
+        for size in (1, 3):
+            found, _ = nns.evaluate(graph, p, x[:size])
+            np.testing.assert_allclose(found, apply(p, x[:size]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_constant_is_computed_once():
+    def apply(p, x):
+        index = jnp.int32(0)
+        for _ in range(40):
+            index = index + index
+        return jax.lax.switch(index, [jnp.sin, jnp.cos], x) @ p
+
+    # Each addition read twice would take 2 ** 40 additions.
+    graph = nns.trace(apply, jnp.ones((3, 2)), jnp.ones((1, 3)))
+    assert any("sin" in name for name in graph.neurons())
+
+
 def test_edits_inside_a_custom_derivative_show():
     model, graph = traced("custom_vjp")
     x = model.images(2)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,6 +87,62 @@ def test_what_divides_stays(fill):
             masked.params[name], np.where((piece.synapses[name] != 0) | (not weighs), parameter, 0)
         )
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(outputs(graph, masked, images)))
+
+
+@pytest.mark.parametrize("fill", ["mean", "zero"])
+def test_what_0_does_not_remove_stays(fill):
+    rng = np.random.default_rng(0)
+
+    def apply(p, x):
+        x = jax.nn.relu(x @ jnp.exp(p["exponent"])) * (1 + p["scale"])[None]
+        x = x @ (p["direction"] / jnp.linalg.norm(p["direction"], axis=0, keepdims=True))
+        return x @ jnp.tanh(p["squashed"])
+
+    shapes = {"exponent": (5, 6), "scale": (6,), "direction": (6, 4), "squashed": (4, 3)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    images = rng.normal(size=(9, 5)).astype(np.float32)
+    graph = nns.trace(apply, params, images[:1])
+    profile = nns.profile(graph, params, images)
+    piece = nns.slice_network(graph, params, profile, images[:1], theta=0.5)
+    masked = nns.mask_network(graph, params, piece, fill, profile)
+    for name in ("exponent", "scale"):
+        np.testing.assert_array_equal(masked.params[name], params[name])
+    for name in ("direction", "squashed"):
+        inside = piece.synapses[name] != 0
+        assert not inside.all()
+        np.testing.assert_array_equal(masked.params[name], np.where(inside, params[name], 0))
+
+
+@pytest.mark.parametrize("fill, theta", [("mean", 0.1), ("mean", 0.9), ("zero", 0.1)])
+def test_masks_of_minus_infinity_leave_numbers(fill, theta):
+    rng = np.random.default_rng(0)
+
+    def apply(p, x):
+        scores = jnp.einsum("bqc,bkc->bqk", x @ p["query"], x @ p["key"])
+        scores = scores + jnp.where(np.tri(4, dtype=bool), 0, -jnp.inf)[None]
+        return (jax.nn.softmax(scores) @ (x @ p["value"])).mean(1)
+
+    params = {k: rng.normal(size=(3, 3)).astype(np.float32) for k in ("query", "key", "value")}
+    images = rng.normal(size=(6, 4, 3)).astype(np.float32)
+    graph = nns.trace(apply, params, images[:1])
+    profile = nns.profile(graph, params, images)
+    piece = nns.slice_network(graph, params, profile, images[:1], theta=theta)
+    masked = nns.mask_network(graph, params, piece, fill, profile)
+    assert np.isfinite(outputs(graph, masked, images)[0]).all()
+
+
+def test_a_network_reduced_to_no_numbers_agrees_with_none():
+    def apply(p, x):
+        return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True))
+
+    params = {"w": np.ones((3, 2), np.float32)}
+    images = np.ones((2, 3), np.float32)
+    graph = nns.trace(apply, params, images[:1])
+    piece = everything(graph, params)
+    piece.synapses["w"][:, 0] = 0
+    masked = nns.mask_network(graph, params, piece, "zero")
+    with pytest.raises(ValueError, match="not finite"):
+        nns.agreement(graph, params, masked, images)
 
 
 def test_removing_nothing_but_a_channel_equals_pruning_it():

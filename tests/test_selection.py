@@ -103,6 +103,13 @@ def test_theta_0_keeps_what_is_not_zero(rule):
             np.testing.assert_array_equal(where(terms, rule, 0.0), terms != 0)
 
 
+def test_theta_0_keeps_the_largest_alone_on_an_effective_path():
+    terms = np.array([[3, 1, 3, -5], [2, -4, -4, 0], [-1, -1, -2, 0]], np.float32)
+    expected = [[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+    for where in ways("largest"):
+        np.testing.assert_array_equal(where(terms, "largest", 0.0), np.array(expected, bool))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_leading_axes_are_sums_of_their_own(rule):
     for count in (6, 30):
@@ -215,6 +222,7 @@ def test_many_images_are_selected_in_passes_without_being_asked(monkeypatch):
     found = passes.edges
     monkeypatch.setattr(passes, "edges", spy)
     pieces = []
+    monkeypatch.setattr(slicing, "_LARGE", 0)
     for pays in (1e18, 0):
         monkeypatch.setattr(slicing, "_PAYS", pays)
         taken.clear()

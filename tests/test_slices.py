@@ -129,6 +129,8 @@ def test_slices_made_in_different_ways_do_not_add_up():
     with pytest.raises(ValueError, match="theta") as caught:
         made() + other
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="theta differ"):
+        dataclasses.replace(made(), criterion={"method": "nnslicer"}) + made(1)
 
 
 def test_union_keeps_the_larger_contribution():
