@@ -103,7 +103,7 @@ def prepare(*, theta: float, eps: float, seed: int, image: int | None = None) ->
         raise ValueError(f"image must be below {len(test)}, the number of test images, not {image}")
 
     apply, params = trained.model.apply, trained.variables
-    attack = attacks.fgsm(apply, params, test, digits.test_labels, eps)
+    attack = attacks.fgsm(None, apply, params, test, digits.test_labels, eps=eps)
     both = np.concatenate([test, attack.images])
     before, after = np.split(np.asarray(jax.jit(apply)(params, both)), 2)
     right = before.argmax(1) == digits.test_labels

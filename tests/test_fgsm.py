@@ -39,14 +39,14 @@ def test_step_of_a_linear_network_is_the_formula(linear_case):
     # Goodfellow et al., section 4: x + eps * sign(grad of the cross-entropy).
     gradient = (scores / scores.sum(1, keepdims=True) - np.eye(5)[labels]) @ weights.T
     expected = np.clip(flat + 0.25 * np.sign(gradient), 0, 1).reshape(images.shape)
-    found = attacks.fgsm(linear, weights, images, labels, 0.25)
+    found = attacks.fgsm(None, linear, weights, images, labels, eps=0.25)
     np.testing.assert_allclose(found.images, expected, atol=1e-6)
     np.testing.assert_allclose(found.distance, np.abs(expected - images).max((1, 2, 3)), atol=1e-6)
 
 
 def test_loss_of_a_linear_network_grows_on_every_image(linear_case):
     weights, images, labels = linear_case
-    found = attacks.fgsm(linear, weights, images, labels, 0.1)
+    found = attacks.fgsm(None, linear, weights, images, labels, eps=0.1)
     before = losses(linear, weights, images, labels)
     assert (losses(linear, weights, found.images, labels) > before).all()
 
@@ -56,14 +56,14 @@ def test_direction_is_that_of_the_cross_entropy(digits):
     gradient = jax.grad(lambda x: losses(apply, params, x, labels).sum())(jnp.asarray(images))
     inner = (images > 0.1) & (images < 0.9) & (np.abs(gradient) > 1e-5)
     assert inner.sum() > 1000
-    found = attacks.fgsm(apply, params, images, labels, 0.1)
+    found = attacks.fgsm(None, apply, params, images, labels, eps=0.1)
     assert (np.sign(found.images - images)[inner] == np.sign(gradient)[inner]).all()
 
 
 @pytest.mark.parametrize("eps", [0.02, 0.1, 1.0])
 def test_images_stay_within_eps_and_bounds(digits, eps):
     apply, params, images, labels = digits
-    found = attacks.fgsm(apply, params, images, labels, eps)
+    found = attacks.fgsm(None, apply, params, images, labels, eps=eps)
     assert found.images.shape == images.shape and found.images.dtype == images.dtype
     assert found.images.min() >= 0 and found.images.max() <= 1
     moved = np.abs(np.asarray(found.images) - images).max((1, 2, 3))
@@ -73,7 +73,7 @@ def test_images_stay_within_eps_and_bounds(digits, eps):
 
 def test_success_is_what_the_network_says_of_the_images_returned(digits):
     apply, params, images, labels = digits
-    found = attacks.fgsm(apply, params, images, labels, 0.1)
+    found = attacks.fgsm(None, apply, params, images, labels, eps=0.1)
     wrong = np.asarray(apply(params, found.images).argmax(1) != labels)
     np.testing.assert_array_equal(found.success, wrong)
     before = np.asarray(apply(params, images).argmax(1) != labels)
@@ -85,7 +85,7 @@ def test_success_is_what_the_network_says_of_the_images_returned(digits):
 
 def test_eps_of_0_moves_nothing(digits):
     apply, params, images, labels = digits
-    found = attacks.fgsm(apply, params, images, labels, 0)
+    found = attacks.fgsm(None, apply, params, images, labels, eps=0)
     np.testing.assert_array_equal(found.images, images)
     np.testing.assert_array_equal(found.distance, 0)
     np.testing.assert_array_equal(found.success, apply(params, images).argmax(1) != labels)
@@ -98,7 +98,7 @@ def test_a_network_sure_of_itself_is_attacked_all_the_same(linear_case):
     # The cross-entropy itself is flat here: it rounds to 0.
     flat = jax.grad(lambda x: losses(linear, sure, x, labels).sum())(jnp.asarray(images))
     assert (np.asarray(flat) == 0).all((1, 2, 3)).any()
-    found = attacks.fgsm(linear, sure, images, labels, 0.1)
+    found = attacks.fgsm(None, linear, sure, images, labels, eps=0.1)
     assert (np.asarray(found.distance) > 0).all()
     true = np.take_along_axis(linear(weights, images), labels[:, None], 1)
     lower = np.take_along_axis(linear(weights, np.asarray(found.images)), labels[:, None], 1)
@@ -107,7 +107,7 @@ def test_a_network_sure_of_itself_is_attacked_all_the_same(linear_case):
 
 def test_other_bounds(linear_case):
     weights, images, labels = linear_case
-    found = attacks.fgsm(linear, weights, images * 4 - 2, labels, 3, bounds=(-2, 2))
+    found = attacks.fgsm(None, linear, weights, images * 4 - 2, labels, eps=3, bounds=(-2, 2))
     assert found.images.min() == -2 and found.images.max() == 2
     assert found.distance.max() > 1
 
@@ -148,5 +148,5 @@ def test_bad_arguments_are_one_line(changed, said):
         "eps": 0.1,
     }
     with pytest.raises(ValueError) as caught:
-        attacks.fgsm(**(arguments | changed))
+        attacks.fgsm(None, **(arguments | changed))
     assert said in str(caught.value) and "\n" not in str(caught.value)

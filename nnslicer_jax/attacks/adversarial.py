@@ -1,5 +1,14 @@
-"""What every attack takes and returns."""
+"""What every attack takes and returns, and how it is run over many images.
 
+An attack is written as a search on one image (`Search`); `run` compiles it once for a batch of
+images (`jax.vmap`), cuts the images into batches, and judges what comes back by the network
+itself.
+"""
+
+import functools
+import math
+import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,15 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Images attacked at once unless asked otherwise: a ResNet-10 on them stays below 2 GiB.
+BATCH_SIZE = 128
+# The same image has slightly other logits in another batch. While an attack searches, an image
+# counts as adversarial only if another class leads by this much of the two logits' size.
+_SLACK = 1e-5
+
 
 class Adversarial(NamedTuple):
     """Images changed so that a network errs.
 
     Attributes:
-      images: `[N, ...]`, dtype and bounds as the images attacked.
+      images: `[N, ...]`, dtype and bounds as the images attacked. An attack of a fixed budget
+        leaves every image at its budget, fooled or not. One that looks for the closest
+        adversarial image returns the original where it found none, and where the network was
+        wrong to begin with.
       success: `[N]` bool: whether the network, run on `images`, predicts another class than
         the label. True as well where it already did so before.
-      distance: `[N]` float32: how far each image was moved, in the attack's norm.
+      distance: `[N]` float32: how far each image was moved, in the attack's norm: 0 where it is
+        the original, so read it where `success` is True.
     """
 
     images: jax.Array
@@ -23,18 +42,198 @@ class Adversarial(NamedTuple):
     distance: jax.Array
 
 
+class Case(NamedTuple):
+    """One image to attack, as a search sees it.
+
+    Attributes:
+      logits: Function of an image float32 of any values to the network's logits `[K]` float32;
+        the image is rounded to the dtype of the images attacked.
+      image: The image, float32 within the bounds.
+      label: Its class.
+      low: Least value of a pixel.
+      high: Greatest value of a pixel.
+    """
+
+    logits: Callable[[jax.Array], jax.Array]
+    image: jax.Array
+    label: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+    def clip(self, image: jax.Array) -> jax.Array:
+        """The image with every pixel within the bounds."""
+        return jnp.clip(image, self.low, self.high)
+
+    def lead(self, logits: jax.Array) -> jax.Array:
+        """How far the best other class is above the label; above 0 where the network errs."""
+        others = jnp.where(self._is_label(logits), -jnp.inf, logits)
+        return others.max() - logits[self.label]
+
+    def errs(self, logits: jax.Array) -> jax.Array:
+        """Whether another class than the label leads, by more than rounding."""
+        others = jnp.where(self._is_label(logits), -jnp.inf, logits).max()
+        true = logits[self.label]
+        return others - true > _SLACK * jnp.maximum(jnp.abs(others), jnp.abs(true))
+
+    def fools(self, image: jax.Array) -> jax.Array:
+        """Whether the network errs on an image; also see `errs`."""
+        return self.errs(self.logits(image))
+
+    def loss(self, image: jax.Array) -> jax.Array:
+        """Log-odds against the label.
+
+        Cross-entropy is softplus of it: their gradients point the same way, but this one does
+        not round to 0 where the network is sure of itself.
+        """
+        logits = self.logits(image)
+        others = jax.nn.logsumexp(jnp.where(self._is_label(logits), -jnp.inf, logits))
+        return others - logits[self.label]
+
+    def likeliest(self, count: int) -> jax.Array:
+        """The `count` other classes that the network finds likeliest, `[count]`."""
+        logits = self.logits(self.image)
+        return jax.lax.top_k(jnp.where(self._is_label(logits), -jnp.inf, logits), count)[1]
+
+    def _is_label(self, logits: jax.Array) -> jax.Array:
+        return jnp.arange(len(logits)) == self.label
+
+
+# Search(key, case, **options) -> image float32, not yet clipped.
+Search = Callable[..., jax.Array]
+
+
+def l2(difference: jax.Array) -> jax.Array:
+    """Euclidean length of one image's change."""
+    return jnp.sqrt(jnp.square(difference).sum())
+
+
+def linf(difference: jax.Array) -> jax.Array:
+    """Greatest change of one image's pixels."""
+    return jnp.abs(difference).max()
+
+
+def run(
+    search: Search,
+    key: jax.Array | None,
+    apply: Callable,
+    params: Any,
+    images: Any,
+    labels: Any,
+    *,
+    draws: bool,
+    bounds: tuple[float, float],
+    batch_size: int,
+    norm: Callable[[jax.Array], jax.Array],
+    closest: bool,
+    **options: Any,
+) -> Adversarial:
+    """Runs a search on every image and judges what it returns.
+
+    Args:
+      search: Function of a key, a `Case` and the options, of a module (it is what compiled
+        programs are kept by).
+      key: Random key; every image draws from its own, whatever the batch size.
+      draws: Whether the search draws anything; if not, the key is not looked at.
+      apply: Pure function of the parameters and of images `[N, ...]` that returns logits
+        `[N, K]`; hashable, and compiled once for each shape.
+      params: Its parameters.
+      images: `[N, ...]` floats within `bounds`.
+      labels: `[N]` integers, the true classes.
+      bounds: Least and greatest pixel value.
+      batch_size: Images attacked at once, which bounds the memory.
+      norm: Measures the change of one image.
+      closest: Whether images that were not fooled, or did not need to be, come back as they were.
+      **options: The search's own. Floats are arguments of the compiled program; another value of
+        anything else compiles it anew.
+
+    Raises:
+      ValueError: For an argument that is not as said above.
+    """
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
+    pixels, classes = check(apply, params, images, labels, bounds)
+    count = len(pixels)
+    size = min(int(batch_size), count)
+    traced = {name: value for name, value in options.items() if isinstance(value, float)}
+    static = tuple((name, value) for name, value in options.items() if name not in traced)
+    keys = _keys(key if draws else jax.random.key(0), count)
+    parts = []
+    for start in range(0, count, size):
+        # The last batch is filled up with copies of the last image.
+        which = np.minimum(np.arange(start, start + size), count - 1)
+        batch, wanted = pixels[which], classes[which]
+        before = np.asarray(_logits(apply, params, batch))
+        if start == 0:
+            _check_logits(before[:count])
+        moved = _search(search, apply, static, params, keys[which], batch, wanted, bounds, traced)
+        success = np.asarray(_logits(apply, params, moved)).argmax(1) != wanted
+        if closest:
+            wrong = before.argmax(1) != wanted
+            keep = wrong | ~success
+            success |= wrong
+            moved = jnp.where(keep.reshape(-1, *[1] * (batch.ndim - 1)), batch, moved)
+        found = (moved, success, _distances(norm, moved, batch))
+        real = min(size, count - start)
+        parts.append([np.asarray(array)[:real] for array in found])
+    return Adversarial(
+        *(jnp.asarray(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _search(
+    search: Search,
+    apply: Callable,
+    static: tuple[tuple[str, Any], ...],
+    params: Any,
+    keys: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    bounds: tuple[float, float],
+    traced: dict[str, float],
+) -> jax.Array:
+    low, high = (jnp.float32(bound) for bound in bounds)
+
+    def logits(image: jax.Array) -> jax.Array:
+        return apply(params, image.astype(images.dtype)[None])[0].astype(jnp.float32)
+
+    def one(key: jax.Array, image: jax.Array, label: jax.Array) -> jax.Array:
+        return search(key, Case(logits, image, label, low, high), **dict(static), **traced)
+
+    moved = jax.vmap(one)(keys, images.astype(jnp.float32), labels)
+    return jnp.clip(moved, low, high).astype(images.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(apply: Callable, params: Any, images: jax.Array) -> jax.Array:
+    return apply(params, images).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _distances(norm: Callable, moved: jax.Array, images: jax.Array) -> jax.Array:
+    return jax.vmap(norm)(moved.astype(jnp.float32) - images.astype(jnp.float32))
+
+
+def _keys(key: jax.Array, count: int) -> jax.Array:
+    try:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count, dtype=jnp.uint32))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"key must be one of jax.random.key, not {type(key).__name__}"
+            f"{getattr(key, 'shape', '')}"
+        ) from None
+
+
 def check(
     apply: Callable, params: Any, images: Any, labels: Any, bounds: tuple[float, float]
-) -> tuple[jax.Array, jax.Array]:
-    """Images and labels as arrays on the device.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels as arrays on the host, in a dtype that JAX computes in.
 
     Raises:
       ValueError: For images that are empty, no floats, not finite or outside `bounds`; for
         labels that are no class indices `[N]`; for a network that returns no logits `[N, K]`.
     """
-    low, high = bounds
-    if not low < high:
-        raise ValueError(f"bounds must be (low, high) with low < high, not {bounds}")
+    low, high = check_bounds(bounds)
     pixels, classes = np.asarray(images), np.asarray(labels)
     if pixels.ndim < 2 or len(pixels) == 0:
         raise ValueError(f"images must be [N, ...] with N of at least 1, not {pixels.shape}")
@@ -50,6 +249,7 @@ def check(
             f"labels must be integers [{len(pixels)}], one an image, not {classes.dtype} of "
             f"shape {classes.shape}"
         )
+    pixels = pixels.astype(jax.dtypes.canonicalize_dtype(pixels.dtype))
     logits = jax.eval_shape(apply, params, jax.ShapeDtypeStruct(pixels.shape, pixels.dtype))
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != len(pixels) or shape[1] < 2:
@@ -60,4 +260,52 @@ def check(
             f"labels must be below {shape[1]}, the model's number of classes; given "
             f"{classes.min()}..{classes.max()}"
         )
-    return jnp.asarray(pixels), jnp.asarray(classes)
+    return pixels, classes.astype(np.int32)
+
+
+def _check_logits(logits: np.ndarray) -> None:
+    if np.isnan(logits).any():
+        raise ValueError("apply must return logits; it returns NaN for some images")
+    if (logits >= 0).all() and np.allclose(logits.sum(1), 1, atol=1e-3):
+        warnings.warn(
+            "apply seems to return probabilities; attacks want logits, and gradients of a softmax "
+            "that is sure of itself vanish: cut the model before it",
+            stacklevel=4,
+        )
+
+
+def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """The bounds; raises ValueError unless they are two finite numbers in order."""
+    low, high = bounds
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"bounds must be (low, high) with low < high, not {bounds}")
+    return low, high
+
+
+def check_eps(eps: float, bounds: tuple[float, float]) -> float:
+    """Eps as a float; raises ValueError unless it is 0 to the width of `bounds`."""
+    low, high = check_bounds(bounds)
+    width = high - low
+    if not 0 <= eps <= width:
+        raise ValueError(f"eps must be in 0..{width:g}, the width of bounds, not {eps}")
+    return float(eps)
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ValueError for a number that is no integer of at least 1."""
+    for name, count in counts.items():
+        if not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, not {count!r}")
+
+
+def check_sizes(**sizes: float) -> None:
+    """Raises ValueError for a number that is not above 0."""
+    for name, size in sizes.items():
+        if not size > 0:
+            raise ValueError(f"{name} must be above 0, not {size!r}")
+
+
+def check_picture(images: Any) -> None:
+    """Raises ValueError unless images have two spatial axes and one of channels."""
+    if np.ndim(images) != 4:
+        raise ValueError(f"images must be [N, H, W, C], not {np.shape(images)}")
