@@ -21,6 +21,10 @@ BATCH_SIZE = 128
 # The same image has slightly other logits in another batch. While an attack searches, an image
 # counts as adversarial only if another class leads by this much of the two logits' size.
 _SLACK = 1e-5
+# Steps between looks at which images are done.
+_STEPS = 8
+# Share of the batch that has to be done before others take its place.
+_IDLE = 0.25
 
 
 class Adversarial(NamedTuple):
@@ -89,17 +93,33 @@ class Case(NamedTuple):
         others = jax.nn.logsumexp(jnp.where(self._is_label(logits), -jnp.inf, logits))
         return others - logits[self.label]
 
-    def likeliest(self, count: int) -> jax.Array:
-        """The `count` other classes that the network finds likeliest, `[count]`."""
-        logits = self.logits(self.image)
+    def likeliest(self, logits: jax.Array, count: int) -> jax.Array:
+        """The `count` other classes of the greatest logits, `[count]`."""
         return jax.lax.top_k(jnp.where(self._is_label(logits), -jnp.inf, logits), count)[1]
 
     def _is_label(self, logits: jax.Array) -> jax.Array:
         return jnp.arange(len(logits)) == self.label
 
 
-# Search(key, case, **options) -> image float32, not yet clipped.
-Search = Callable[..., jax.Array]
+class Search(NamedTuple):
+    """An attack on one image, as steps from a first state.
+
+    A state is a NamedTuple of arrays with at least `image`, float32 within the bounds: what the
+    attack would return now, and `going`: whether it wants another step.
+
+    Attributes:
+      start: Function of a key, a `Case` and the attack's options to the first state.
+      step: Function of a `Case`, a state and the options to the next state; None for an attack
+        that is over at once.
+    """
+
+    start: Callable[..., Any]
+    step: Callable[..., Any] | None = None
+
+
+def choose(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """One of two states."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def l2(difference: jax.Array) -> jax.Array:
@@ -130,15 +150,15 @@ def run(
     """Runs a search on every image and judges what it returns.
 
     Args:
-      search: Function of a key, a `Case` and the options, of a module (it is what compiled
-        programs are kept by).
+      search: What to run; its functions are those of a module, as compiled programs are kept by
+        them.
       key: Random key; every image draws from its own, whatever the batch size.
-      draws: Whether the search draws anything; if not, the key is not looked at.
       apply: Pure function of the parameters and of images `[N, ...]` that returns logits
         `[N, K]`; hashable, and compiled once for each shape.
       params: Its parameters.
       images: `[N, ...]` floats within `bounds`.
       labels: `[N]` integers, the true classes.
+      draws: Whether the search draws anything; if not, the key is not looked at.
       bounds: Least and greatest pixel value.
       batch_size: Images attacked at once, which bounds the memory.
       norm: Measures the change of one image.
@@ -154,54 +174,115 @@ def run(
     pixels, classes = check(apply, params, images, labels, bounds)
     count = len(pixels)
     size = min(int(batch_size), count)
+    # The last batch is filled up with copies of the last image.
+    spans = [np.minimum(np.arange(at, at + size), count - 1) for at in range(0, count, size)]
+    before = np.concatenate([_logits(apply, params, pixels[span]) for span in spans])[:count]
+    _check_logits(before)
+    keys = _keys(key if draws else jax.random.key(0), count)
+    moved = _searched(search, keys, apply, params, pixels, classes, bounds, size, options)
+    after = np.concatenate([_logits(apply, params, moved[span]) for span in spans])[:count]
+    success = after.argmax(1) != classes
+    if closest:
+        wrong = before.argmax(1) != classes
+        moved = np.where((wrong | ~success).reshape(-1, *[1] * (moved.ndim - 1)), pixels, moved)
+        success |= wrong
+    distance = np.concatenate([_distances(norm, moved[span], pixels[span]) for span in spans])
+    return Adversarial(jnp.asarray(moved), jnp.asarray(success), jnp.asarray(distance[:count]))
+
+
+def _searched(
+    search: Search,
+    keys: jax.Array,
+    apply: Callable,
+    params: Any,
+    pixels: np.ndarray,
+    classes: np.ndarray,
+    bounds: tuple[float, float],
+    size: int,
+    options: dict[str, Any],
+) -> np.ndarray:
+    """What the search makes of every image.
+
+    `size` images are under way at a time; the places of those that are done are taken by others.
+    The host makes the steps: a loop inside the compiled program is no faster on an accelerator
+    and much slower on a CPU.
+    """
     traced = {name: value for name, value in options.items() if isinstance(value, float)}
     static = tuple((name, value) for name, value in options.items() if name not in traced)
-    keys = _keys(key if draws else jax.random.key(0), count)
-    parts = []
-    for start in range(0, count, size):
-        # The last batch is filled up with copies of the last image.
-        which = np.minimum(np.arange(start, start + size), count - 1)
-        batch, wanted = pixels[which], classes[which]
-        before = np.asarray(_logits(apply, params, batch))
-        if start == 0:
-            _check_logits(before[:count])
-        moved = _search(search, apply, static, params, keys[which], batch, wanted, bounds, traced)
-        success = np.asarray(_logits(apply, params, moved)).argmax(1) != wanted
-        if closest:
-            wrong = before.argmax(1) != wanted
-            keep = wrong | ~success
-            success |= wrong
-            moved = jnp.where(keep.reshape(-1, *[1] * (batch.ndim - 1)), batch, moved)
-        found = (moved, success, _distances(norm, moved, batch))
-        real = min(size, count - start)
-        parts.append([np.asarray(array)[:real] for array in found])
-    return Adversarial(
-        *(jnp.asarray(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
-    )
+    ends = jnp.float32(bounds[0]), jnp.float32(bounds[1])
+
+    def start(which: np.ndarray) -> Any:
+        return _start(
+            search, apply, static, params, keys[which], pixels[which], classes[which], ends, traced
+        )
+
+    count = len(pixels)
+    moved = np.empty_like(pixels)
+    # Which image is in which place; places are left empty (-1) once no image waits.
+    held, waiting = np.arange(size), size
+    images, labels = jnp.asarray(pixels[held]), jnp.asarray(classes[held])
+    state = start(held)
+    while True:
+        done = (held >= 0) & ~np.asarray(state.going)
+        idle = done | (held < 0)
+        if idle.all() or (waiting < count and done.sum() >= _IDLE * size):
+            moved[held[done]] = np.asarray(_rounded(state.image, images, ends))[done]
+            places = np.flatnonzero(done)
+            held[places] = -1
+            fresh = np.arange(waiting, min(waiting + len(places), count))
+            held[places[: len(fresh)]] = fresh
+            waiting += len(fresh)
+            if not len(fresh):
+                return moved
+            taken = np.isin(held, fresh)
+            which = np.where(taken, held, fresh[0])
+            given = jnp.asarray(pixels[which]), jnp.asarray(classes[which]), start(which)
+            images, labels, state = _merged(taken, given, (images, labels, state))
+        if search.step is not None:
+            for _ in range(_STEPS):
+                state = _advance(search, apply, static, params, images, labels, state, ends, traced)
+
+
+def _case(apply: Callable, params: Any, image: jax.Array, label: jax.Array, ends: tuple) -> Case:
+    def logits(pixels: jax.Array) -> jax.Array:
+        return apply(params, pixels.astype(image.dtype)[None])[0].astype(jnp.float32)
+
+    return Case(logits, image.astype(jnp.float32), label, *ends)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _search(
-    search: Search,
-    apply: Callable,
-    static: tuple[tuple[str, Any], ...],
-    params: Any,
-    keys: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-    bounds: tuple[float, float],
-    traced: dict[str, float],
-) -> jax.Array:
-    low, high = (jnp.float32(bound) for bound in bounds)
+def _start(
+    search: Search, apply: Callable, static: tuple[tuple[str, Any], ...], params: Any,
+    keys: jax.Array, images: jax.Array, labels: jax.Array, ends: tuple, traced: dict[str, Any],
+) -> Any:  # fmt: skip
+    def one(key: jax.Array, image: jax.Array, label: jax.Array) -> Any:
+        case = _case(apply, params, image, label, ends)
+        return search.start(key, case, **dict(static), **traced)
 
-    def logits(image: jax.Array) -> jax.Array:
-        return apply(params, image.astype(images.dtype)[None])[0].astype(jnp.float32)
+    return jax.vmap(one)(keys, images, labels)
 
-    def one(key: jax.Array, image: jax.Array, label: jax.Array) -> jax.Array:
-        return search(key, Case(logits, image, label, low, high), **dict(static), **traced)
 
-    moved = jax.vmap(one)(keys, images.astype(jnp.float32), labels)
-    return jnp.clip(moved, low, high).astype(images.dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _advance(
+    search: Search, apply: Callable, static: tuple[tuple[str, Any], ...], params: Any,
+    images: jax.Array, labels: jax.Array, state: Any, ends: tuple, traced: dict[str, Any],
+) -> Any:  # fmt: skip
+    def one(image: jax.Array, label: jax.Array, old: Any) -> Any:
+        case = _case(apply, params, image, label, ends)
+        new = search.step(case, old, **dict(static), **traced)  # type: ignore[misc]
+        return choose(old.going, new, old)
+
+    return jax.vmap(one)(images, labels, state)
+
+
+@jax.jit
+def _merged(taken: jax.Array, new: Any, old: Any) -> Any:
+    return jax.vmap(choose)(taken, new, old)
+
+
+@jax.jit
+def _rounded(moved: jax.Array, images: jax.Array, ends: tuple) -> jax.Array:
+    return jnp.clip(moved, *ends).astype(images.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,12 +1,20 @@
 """FGSM: one step along the sign of the gradient (Goodfellow et al., ICLR 2015, section 4)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nnslicer_jax.attacks.adversarial import BATCH_SIZE, Adversarial, Case, check_eps, linf, run
+from nnslicer_jax.attacks.adversarial import (
+    BATCH_SIZE,
+    Adversarial,
+    Case,
+    Search,
+    check_eps,
+    linf,
+    run,
+)
 
 
 def fgsm(
@@ -41,10 +49,21 @@ def fgsm(
     """
     eps = check_eps(eps, bounds)
     return run(
-        _step, key, apply, params, images, labels,
+        _SEARCH, key, apply, params, images, labels,
         draws=False, bounds=bounds, batch_size=batch_size, norm=linf, closest=False, eps=eps,
     )  # fmt: skip
 
 
-def _step(key: jax.Array, case: Case, *, eps: jax.Array) -> jax.Array:
-    return case.image + eps * jnp.sign(jax.grad(case.loss)(case.image))
+class FgsmState(NamedTuple):
+    """The image at its budget; there is nothing left to do."""
+
+    image: jax.Array
+    going: jax.Array
+
+
+def _start(key: jax.Array, case: Case, *, eps: jax.Array) -> FgsmState:
+    moved = case.image + eps * jnp.sign(jax.grad(case.loss)(case.image))
+    return FgsmState(case.clip(moved), jnp.bool_(False))
+
+
+_SEARCH = Search(_start)
