@@ -26,8 +26,9 @@ from nnslicer_jax.attacks.adversarial import (
 
 # tanh stays this far from 1, where its inverse is infinite.
 _INSIDE = 0.999999
-# What counts as progress in a tenth of the steps.
-_PROGRESS = 0.9999
+# What counts as progress in a tenth of the steps, or in so many where that is less: Adam moves
+# pixels at the bounds slowly at first.
+_PROGRESS, _PATIENCE = 0.9999, 50
 
 
 def carlini_wagner(
@@ -60,7 +61,8 @@ def carlini_wagner(
       step_size: Of Adam, on w.
       confidence: By how much another class must lead.
       first_constant: Tried first; ten times as much while it does not succeed, then bisected.
-      abort_early: Whether a constant is left once a tenth of the steps brought no progress.
+      abort_early: Whether a constant is left once a tenth of the steps (50 at least) brought the
+        image no progress.
       bounds: Least and greatest pixel value.
       batch_size: Images attacked at once.
 
@@ -158,7 +160,7 @@ def _step(
     distance = l2(image - case.image)
     closer = fooled & (distance < state.distance)
     lowest = jnp.minimum(value, state.lowest)
-    look = abort_early & (state.step % -(-steps // 10) == 0)
+    look = abort_early & (state.step % max(-(-steps // 10), _PATIENCE) == 0)
     stuck = look & ~(lowest <= _PROGRESS * state.checked)
     update, moments = adam.update(gradient, state.adam)
     on = state._replace(
