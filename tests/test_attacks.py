@@ -3,6 +3,7 @@
 import functools
 import inspect
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import scipy.ndimage
 import nnslicer_jax as nns
 from nnslicer_jax import attacks, data
 from nnslicer_jax.attacks import warping
-from nnslicer_jax.attacks.adversarial import linf
+from nnslicer_jax.attacks.adversarial import Search, linf, run
 
 # Enough on small networks.
 FEWER = {
@@ -29,6 +30,12 @@ FEWER = {
 NAMES = [name for name in attacks.ATTACKS if name not in ("FGSM 2", "FGSM 4", "RPGD 2", "RPGD 4")]
 DRAWING = ["RPGD 8", "SinglePixel", "LocalSearch", "Boundary", "PointWise"]
 KEY = jax.random.key(0)
+
+
+class Countdown(NamedTuple):
+    image: jax.Array
+    going: jax.Array
+    step: jax.Array
 
 
 def linear(weights, images):
@@ -123,6 +130,27 @@ def test_one_key_gives_one_result_in_batches_of_any_size(name):
     # Rounding depends on the batch, and a walk along the boundary on rounding.
     rtol, atol = (0.2, 0.02) if name in ("Boundary", "PointWise") else (1e-3, 1e-4)
     np.testing.assert_allclose(once.distance, again.distance, rtol=rtol, atol=atol)
+
+
+def test_images_that_take_long_go_on_in_smaller_batches():
+    # Every image takes as many steps as its label says.
+    def start(key, case):
+        return Countdown(case.image, case.label > 0, jnp.int32(0))
+
+    def step(case, state):
+        return Countdown(state.image + 0.001, state.step + 1 < case.label, state.step + 1)
+
+    def apply(params, images):
+        return jnp.zeros((len(images), 500)) + images[:, :1]
+
+    rng = np.random.default_rng(0)
+    labels = np.where(rng.random(40) < 0.2, rng.integers(400, 480, 40), rng.integers(0, 30, 40))
+    images = rng.uniform(0, 0.25, (40, 2)).astype(np.float32)
+    result = run(
+        Search(start, step), None, apply, None, images, labels,
+        draws=False, bounds=(0, 1), batch_size=16, norm=linf, closest=False,
+    )  # fmt: skip
+    np.testing.assert_allclose(result.distance, 0.001 * labels, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", DRAWING)

@@ -25,6 +25,9 @@ _SLACK = 1e-5
 _STEPS = 8
 # Share of the batch that has to be done before others take its place.
 _IDLE = 0.25
+# Looks before those still under way, a quarter or less, go on in a smaller batch: it has to be
+# compiled.
+_PATIENCE = 4
 
 
 class Adversarial(NamedTuple):
@@ -203,7 +206,8 @@ def _searched(
 ) -> np.ndarray:
     """What the search makes of every image.
 
-    `size` images are under way at a time; the places of those that are done are taken by others.
+    `size` images are under way at a time; the places of those that are done are taken by others,
+    and once none waits, the last ones go on in smaller batches.
     The host makes the steps: a loop inside the compiled program is no faster on an accelerator
     and much slower on a CPU.
     """
@@ -218,29 +222,38 @@ def _searched(
 
     count = len(pixels)
     moved = np.empty_like(pixels)
-    # Which image is in which place; places are left empty (-1) once no image waits.
-    held, waiting = np.arange(size), size
+    # Which image is in which place; -1 where there is none any more.
+    held, waiting, looks = np.arange(size), size, 0
     images, labels = jnp.asarray(pixels[held]), jnp.asarray(classes[held])
     state = start(held)
     while True:
-        done = (held >= 0) & ~np.asarray(state.going)
-        idle = done | (held < 0)
-        if idle.all() or (waiting < count and done.sum() >= _IDLE * size):
+        going = np.asarray(state.going)
+        done, active = (held >= 0) & ~going, (held >= 0) & going
+        refill = waiting < count and done.sum() >= _IDLE * size
+        shrink = waiting == count and looks >= _PATIENCE and 4 * active.sum() <= len(held)
+        if refill or shrink or not active.any():
             moved[held[done]] = np.asarray(_rounded(state.image, images, ends))[done]
-            places = np.flatnonzero(done)
-            held[places] = -1
-            fresh = np.arange(waiting, min(waiting + len(places), count))
-            held[places[: len(fresh)]] = fresh
-            waiting += len(fresh)
-            if not len(fresh):
+            held[done] = -1
+            if waiting == count and not active.any():
                 return moved
-            taken = np.isin(held, fresh)
-            which = np.where(taken, held, fresh[0])
-            given = jnp.asarray(pixels[which]), jnp.asarray(classes[which]), start(which)
-            images, labels, state = _merged(taken, given, (images, labels, state))
+            if waiting < count:
+                places = np.flatnonzero(held < 0)[: count - waiting]
+                held[places] = np.arange(waiting, waiting + len(places))
+                waiting += len(places)
+                taken = np.isin(np.arange(size), places)
+                which = np.where(taken, held, held[places[0]])
+                given = jnp.asarray(pixels[which]), jnp.asarray(classes[which]), start(which)
+                images, labels, state = _merged(taken, given, (images, labels, state))
+            else:
+                left = np.flatnonzero(active)
+                places = np.resize(left, max(len(held) // 4, 1))
+                held = np.where(np.arange(len(places)) < len(left), held[places], -1)
+                images, labels, state = _taken(places, (images, labels, state))
+            looks = 0
         if search.step is not None:
             for _ in range(_STEPS):
                 state = _advance(search, apply, static, params, images, labels, state, ends, traced)
+        looks += 1
 
 
 def _case(apply: Callable, params: Any, image: jax.Array, label: jax.Array, ends: tuple) -> Case:
@@ -278,6 +291,11 @@ def _advance(
 @jax.jit
 def _merged(taken: jax.Array, new: Any, old: Any) -> Any:
     return jax.vmap(choose)(taken, new, old)
+
+
+@jax.jit
+def _taken(places: jax.Array, arrays: Any) -> Any:
+    return jax.tree.map(lambda array: array[places], arrays)
 
 
 @jax.jit
