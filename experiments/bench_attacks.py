@@ -155,7 +155,7 @@ def measure(
     say("images fooled", float(np.mean(result.success)))
     say("mean distance of these", _mean(result.distance, result.success))
     if foolbox is None or pace.name is None:
-        _, _, seconds = ratio(ours, ours, runs, seed)
+        _, _, seconds, _ = ratio(ours, ours, runs, seed)
         say("images a second", count / seconds, "images/s")
         return rows
     eps = getattr(function, "keywords", {}).get("eps")
@@ -177,7 +177,7 @@ def measure(
     change = np.linalg.norm((moved - case.images).reshape(count, -1), ord=norm, axis=1)
     say("Foolbox: images fooled", float(fooled.mean()))
     say("Foolbox: mean distance of these", _mean(change, fooled))
-    times, interval, seconds = ratio(theirs, ours, runs, seed)
+    times, interval, seconds, _ = ratio(theirs, ours, runs, seed)
     say("images a second", count / seconds, "images/s")
     verdict = f"target at least {TARGET}, {'met' if times >= TARGET else 'missed'}"
     note = verdict if pace.iterative else ""
