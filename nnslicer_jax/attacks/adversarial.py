@@ -21,13 +21,14 @@ BATCH_SIZE = 128
 # The same image has slightly other logits in another batch. While an attack searches, an image
 # counts as adversarial only if another class leads by this much of the two logits' size.
 _SLACK = 1e-5
-# Steps between looks at which images are done.
-_STEPS = 8
 # Share of the batch that has to be done before others take its place.
 _IDLE = 0.25
-# Looks before those still under way, a quarter or less, go on in a smaller batch: it has to be
+# Most steps between looks at which images are done, each of which waits for the device; at first
+# every step is looked at, as some attacks are over after a few.
+_STEPS = 8
+# Steps before those still under way, a quarter or less, go on in a smaller batch: it has to be
 # compiled.
-_PATIENCE = 4
+_PATIENCE = 32
 
 
 class Adversarial(NamedTuple):
@@ -223,14 +224,14 @@ def _searched(
     count = len(pixels)
     moved = np.empty_like(pixels)
     # Which image is in which place; -1 where there is none any more.
-    held, waiting, looks = np.arange(size), size, 0
+    held, waiting, steps = np.arange(size), size, 0
     images, labels = jnp.asarray(pixels[held]), jnp.asarray(classes[held])
     state = start(held)
     while True:
         going = np.asarray(state.going)
         done, active = (held >= 0) & ~going, (held >= 0) & going
         refill = waiting < count and done.sum() >= _IDLE * size
-        shrink = waiting == count and looks >= _PATIENCE and 4 * active.sum() <= len(held)
+        shrink = waiting == count and steps >= _PATIENCE and 4 * active.sum() <= len(held)
         if refill or shrink or not active.any():
             moved[held[done]] = np.asarray(_rounded(state.image, images, ends))[done]
             held[done] = -1
@@ -249,11 +250,12 @@ def _searched(
                 places = np.resize(left, max(len(held) // 4, 1))
                 held = np.where(np.arange(len(places)) < len(left), held[places], -1)
                 images, labels, state = _taken(places, (images, labels, state))
-            looks = 0
+            steps = 0
         if search.step is not None:
-            for _ in range(_STEPS):
+            between = min(max(steps // 4, 1), _STEPS)
+            for _ in range(between):
                 state = _advance(search, apply, static, params, images, labels, state, ends, traced)
-        looks += 1
+            steps += between
 
 
 def _case(apply: Callable, params: Any, image: jax.Array, label: jax.Array, ends: tuple) -> Case:
