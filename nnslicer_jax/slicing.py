@@ -21,12 +21,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nnslicer_jax import contribution
 from nnslicer_jax.batches import batches, check_params, count, devices
-from nnslicer_jax.contribution import WEIGHTS, deltas
+from nnslicer_jax.contribution import WEIGHTS, Term, deltas
 from nnslicer_jax.cost import estimate, product_shapes
 from nnslicer_jax.effective_path import RULES as PATH_RULES
 from nnslicer_jax.effective_path import activations
-from nnslicer_jax.fold import Rules, backward, leaves, record, unbatched
-from nnslicer_jax.graph import Graph
+from nnslicer_jax.fold import Rules, backward, check_names, leaves, record, unbatched
+from nnslicer_jax.graph import Graph, Neuron
 from nnslicer_jax.profile import Profile, means_by_value
 from nnslicer_jax.progress import Progress
 from nnslicer_jax.selection import Selection
@@ -53,6 +53,7 @@ class Walk(NamedTuple):
       host: Whether it does so on the host.
       per_sample: Whether samples stay apart.
       devices: How many devices share a batch.
+      start: Where the criterion stands: the logits, or a neuron.
     """
 
     rules: Rules
@@ -61,6 +62,7 @@ class Walk(NamedTuple):
     host: bool
     per_sample: bool
     devices: int
+    start: Neuron
 
 
 def slice_network(
@@ -74,6 +76,7 @@ def slice_network(
     per_sample: bool = False,
     batch_size: int | None = None,
     *,
+    neuron: str | None = None,
     select: str = "auto",
     progress: bool = False,
     checkpoint: str | Path | None = None,
@@ -90,12 +93,16 @@ def slice_network(
       profile: Mean activations, from `profile`.
       images: `[N, ...]`, or an iterable of batches.
       outputs: Output neurons of interest: class index for each image `[N]`, several for each
-        `[N, k]` (CONTRIB 1 on each), or None for the predicted class.
+        `[N, k]` (CONTRIB 1 on each), or None for the predicted class. With `neuron`: indices of
+        its channels, CONTRIB 1 on each at every position; or bool `[N, *shape]`, true on the
+        single activations that get CONTRIB 1.
       theta: Size of the slice, 0..1: 0 keeps every term, more keeps fewer.
       rule: "signed" (the paper's) or "mass" (terms do not cancel when theta is applied).
       per_sample: Keep samples apart instead of summing them. All are held in memory: for
         very many, call this batch by batch.
       batch_size: Samples walked at once, which bounds memory; None chooses by `estimate`.
+      neuron: Name of a neuron, as `graph.neurons()` lists it, on which the criterion stands
+        instead of the logits. What comes after it has CONTRIB 0.
       select: Where theta is applied: "host" (NumPy's sort through a callback; needs CPU arrays
         at hand), "device" (plain JAX), or "auto": on a CPU the host, but under "mass" (and for
         effective paths) of so many images that compiling `passes` pays.
@@ -116,8 +123,9 @@ def slice_network(
     if rule not in ("signed", "mass"):
         raise ValueError(f"rule must be signed or mass, not {rule!r}")
     job = _job(
-        graph, params, images, contribution.RULES, rule, theta, per_sample, batch_size, select
-    )
+        graph, params, images, contribution.RULES, rule, theta, per_sample, batch_size, neuron,
+        select,
+    )  # fmt: skip
     job = job._replace(means=means_by_value(graph, profile), span=(profile.low, profile.high))
     about = {"method": "nnslicer", "rule": rule, "theta": job.theta, "baseline": profile.baseline}
     return _run(job, images, outputs, about, progress, checkpoint)
@@ -132,6 +140,7 @@ def effective_path(
     per_sample: bool = False,
     batch_size: int | None = None,
     *,
+    neuron: str | None = None,
     select: str = "auto",
     progress: bool = False,
     checkpoint: str | Path | None = None,
@@ -150,6 +159,7 @@ def effective_path(
       theta: Share of each sum that the kept terms reach, 0..1.
       per_sample: As for `slice_network`.
       batch_size: As for `slice_network`.
+      neuron: As for `slice_network`.
       select: As for `slice_network`.
       progress: As for `slice_network`.
       checkpoint: As for `slice_network`.
@@ -158,7 +168,9 @@ def effective_path(
       ValueError: For an option, class index or shape that is not accepted.
       UnsupportedError: For an operation without a rule; it names operation and module.
     """
-    job = _job(graph, params, images, PATH_RULES, "largest", theta, per_sample, batch_size, select)
+    job = _job(
+        graph, params, images, PATH_RULES, "largest", theta, per_sample, batch_size, neuron, select
+    )
     about = {"method": "effective path", "theta": job.theta}
     return _run(job, images, outputs, about, progress, checkpoint)
 
@@ -175,15 +187,13 @@ class _Job(NamedTuple):
     span: tuple[float, float]
 
 
-def _job(graph, params, images, rules, rule, theta, per_sample, batch_size, select) -> _Job:
+def _job(graph, params, images, rules, rule, theta, per_sample, batch_size, neuron, select) -> _Job:
     if not 0 <= theta <= 1:
         raise ValueError(f"theta must be in 0..1, not {theta}")
     theta = float(theta)
     if select not in SELECT:
         raise ValueError(f"select must be one of {', '.join(SELECT)}, not {select!r}")
-    if len(graph.values[graph.logits].shape) != 2 or graph.values[graph.logits].shape[0] != 1:
-        shape = ("B", *graph.values[graph.logits].shape[1:])
-        raise ValueError(f"slicing needs a model that returns logits [B, K], not {shape}")
+    start = output_neuron(graph) if neuron is None else check_names(graph, [neuron])[neuron]
     leaves(graph, params)
     check_params(params)
     filtered = rule == "largest" or theta > 0
@@ -197,14 +207,29 @@ def _job(graph, params, images, rules, rule, theta, per_sample, batch_size, sele
     shared = len(devices())
     if batch_size % shared:
         shared = 1
-    walk = Walk(rules, rule, filtered, host, per_sample, shared)
+    walk = Walk(rules, rule, filtered, host, per_sample, shared, start)
     return _Job(walk, graph, params, theta, batch_size, {}, (-np.inf, np.inf))
+
+
+def output_neuron(graph: Graph) -> Neuron:
+    """The output neurons, on which a criterion stands unless it names another neuron.
+
+    Raises:
+      ValueError: If the model does not return logits `[B, K]`.
+    """
+    value = graph.values[graph.logits]
+    if len(value.shape) != 2 or value.shape[0] != 1:
+        shape = ("B", *value.shape[1:])
+        raise ValueError(f"slicing needs a model that returns logits [B, K], not {shape}")
+    return Neuron("", graph.logits, value.shape[1:], value.dtype, 0, 0)
 
 
 def _run(job: _Job, images, outputs, about, progress, checkpoint) -> Slice:
     """Walks all images, batch by batch."""
     total = count(images)
-    outputs = _criterion(job.graph, outputs, total)
+    outputs = _criterion(job.walk.start, outputs, total)
+    if job.walk.start.name:
+        about["neuron"] = job.walk.start.name
     made: list[Slice] = []
     done, mark = 0, ""
     if checkpoint is not None:
@@ -262,29 +287,50 @@ def _joined(pieces: list[Slice]) -> Slice:
     )
 
 
-def _criterion(graph: Graph, outputs: Any, total: int | None) -> np.ndarray | None:
-    """Class indices `[N, k]`, checked; None for the predicted ones."""
+def _criterion(start: Neuron, outputs: Any, total: int | None) -> np.ndarray | None:
+    """Indices `[N, k]` or bool `[N, *shape]`, checked; None for the predicted classes."""
+    indices, whose = "class indices", "the model's number of classes"
+    if start.name:
+        indices, whose = "channel indices", f"the channels of {start.name}"
     if outputs is None:
+        if start.name:
+            raise ValueError(f"outputs must name {indices} of {start.name}, not None")
         return None
     outputs = np.asarray(outputs)
-    classes = graph.values[graph.logits].shape[1]
-    if not np.issubdtype(outputs.dtype, np.integer) or outputs.ndim not in (1, 2):
-        raise ValueError(
-            f"outputs must be class indices [N] or [N, k], not {outputs.dtype} of shape "
-            f"{outputs.shape}"
-        )
-    if outputs.ndim == 2 and not outputs.shape[1]:
-        raise ValueError("outputs [N, k] must name at least one class for each image")
-    if outputs.size and (outputs.min() < 0 or outputs.max() >= classes):
-        raise ValueError(
-            f"outputs must be class indices below {classes}, the model's number of classes; "
-            f"given {outputs.min()}..{outputs.max()}"
-        )
+    channels = start.shape[start.channel] if start.shape else 1
+    single = outputs.dtype == bool and outputs.shape[1:] == start.shape and outputs.ndim
+    if not single:
+        if not np.issubdtype(outputs.dtype, np.integer) or outputs.ndim not in (1, 2):
+            shape = ", ".join(["N", *map(str, start.shape)])
+            raise ValueError(
+                f"outputs must be {indices} [N] or [N, k], or bool [{shape}], not "
+                f"{outputs.dtype} of shape {outputs.shape}"
+            )
+        if outputs.ndim == 2 and not outputs.shape[1]:
+            raise ValueError("outputs [N, k] must name at least one class for each image")
+        if outputs.size and (outputs.min() < 0 or outputs.max() >= channels):
+            raise ValueError(
+                f"outputs must be {indices} below {channels}, {whose}; "
+                f"given {outputs.min()}..{outputs.max()}"
+            )
+        outputs = outputs.reshape(len(outputs), -1)
     if total is not None and len(outputs) != total:
         raise ValueError(
             f"outputs must have one row for each of {total} images, not {len(outputs)}"
         )
-    return outputs.reshape(len(outputs), -1)
+    return outputs
+
+
+def _seeds(start: Neuron, outputs: np.ndarray, size: int) -> np.ndarray:
+    """The criterion as CONTRIB `[size, *shape]` float32, 0 for the images past the last."""
+    seeds = np.zeros((size, *start.shape), np.float32)
+    if outputs.dtype == bool:
+        seeds[: len(outputs)] = outputs
+    else:
+        rows = np.arange(len(outputs))[:, None]
+        # A view, channels second.
+        np.moveaxis(seeds, start.channel + 1, 1)[rows, outputs] = 1
+    return seeds
 
 
 def _check_span(images: Any, span: tuple[float, float]) -> None:
@@ -320,10 +366,7 @@ def _walk_some(job: _Job, images: Any, count: int, outputs: np.ndarray | None) -
     if size % walk.devices:
         walk = walk._replace(devices=1)
     real = np.arange(size) < count
-    seeds = None
-    if outputs is not None:
-        seeds = np.zeros((size, graph.values[graph.logits].shape[1]), np.float32)
-        np.put_along_axis(seeds[:count], outputs, 1, axis=1)
+    seeds = None if outputs is None else _seeds(walk.start, outputs, size)
     images = jnp.asarray(images, graph.values[graph.input].dtype)
     with jax.default_matmul_precision("highest"):
         synapses, neurons = _walk_batch(
@@ -334,12 +377,17 @@ def _walk_some(job: _Job, images: Any, count: int, outputs: np.ndarray | None) -
         found = {k: np.asarray(v) for k, v in arrays.items()}
         return {k: v[:count] for k, v in found.items()} if walk.per_sample else found
 
+    return as_slice(graph, host(synapses), host(neurons), count, walk.per_sample)
+
+
+def as_slice(graph: Graph, synapses: Any, neurons: Any, count: int, per_sample: bool) -> Slice:
+    """CONTRIB by name, in any order, as a slice."""
     # A jitted function returns dictionaries in the order of their keys; these are in that of
     # the network.
     synapses = {name: synapses[name] for name in graph.params if name in synapses}
     neurons = {name: neurons[name] for name in graph.neurons()}
     axes = {name: neuron.channel for name, neuron in graph.neurons().items()}
-    return Slice(host(synapses), host(neurons), axes, count, walk.per_sample)
+    return Slice(synapses, neurons, axes, count, per_sample)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -370,9 +418,35 @@ def _walk_one(graph, walk, params, means, theta, sample, seed, real):
         seed = jax.nn.one_hot(jnp.argmax(logits), logits.shape[0])
     terms = deltas(graph, env, means) if means else activations(graph, env)
     selection = Selection(walk.rule, theta if walk.filtered else None, walk.host)
-    start = {graph.logits: (seed * real)[None]}
-    total = backward(graph, walk.rules, terms, start, selection, WEIGHTS)
-    count = (lambda a: a > 0) if walk.rule == "largest" else (lambda a: a)
+    return walk_back(graph, walk.rules, terms, walk.start, seed * real, selection)
+
+
+def walk_back(
+    graph: Graph,
+    rules: Rules,
+    terms: list[Term | None],
+    start: Neuron,
+    seed: jax.Array,
+    selection: Selection,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """CONTRIB of every synapse and neuron for one sample.
+
+    Args:
+      graph: The traced model.
+      rules: Table of the walk.
+      terms: What is known at each value id.
+      start: Where the walk starts.
+      seed: CONTRIB there, of the neuron's shape.
+      selection: Which terms stay.
+
+    Returns:
+      Those of the synapses and of the neurons by name, int32.
+    """
+    # From the logits on, so that what comes after the neuron has its CONTRIB too: 0.
+    seeds = {graph.logits: jnp.zeros(graph.values[graph.logits].shape)}
+    seeds[start.value] = seed.reshape(graph.values[start.value].shape)
+    total = backward(graph, rules, terms, seeds, selection, WEIGHTS)
+    count = (lambda a: a > 0) if selection.rule == "largest" else (lambda a: a)
     synapses = {
         name: count(total[ident]).astype(jnp.int32)
         for name, ident in graph.params.items() if ident in total
