@@ -1,6 +1,6 @@
 """Which parts of a network matter, for these inputs: tracing, folds and slicing."""
 
-from nnslicer_jax import zoo
+from nnslicer_jax import deviation, zoo
 from nnslicer_jax.cost import Estimate, estimate
 from nnslicer_jax.evaluation import evaluate
 from nnslicer_jax.graph import Graph, Neuron, UnsupportedError, trace
@@ -8,6 +8,7 @@ from nnslicer_jax.masked import Masked, agreement, mask_network
 from nnslicer_jax.profile import Profile, load_profile, profile
 from nnslicer_jax.slices import Slice, load_slice
 from nnslicer_jax.slicing import effective_path, slice_network
+from nnslicer_jax.static import static_slice
 
 __all__ = [
     "Estimate",
@@ -18,6 +19,7 @@ __all__ = [
     "Slice",
     "UnsupportedError",
     "agreement",
+    "deviation",
     "effective_path",
     "estimate",
     "evaluate",
@@ -26,6 +28,7 @@ __all__ = [
     "mask_network",
     "profile",
     "slice_network",
+    "static_slice",
     "trace",
     "zoo",
 ]

@@ -193,7 +193,7 @@ def _job(graph, params, images, rules, rule, theta, per_sample, batch_size, neur
     theta = float(theta)
     if select not in SELECT:
         raise ValueError(f"select must be one of {', '.join(SELECT)}, not {select!r}")
-    start = output_neuron(graph) if neuron is None else check_names(graph, [neuron])[neuron]
+    start = criterion_neuron(graph, neuron)
     leaves(graph, params)
     check_params(params)
     filtered = rule == "largest" or theta > 0
@@ -211,12 +211,14 @@ def _job(graph, params, images, rules, rule, theta, per_sample, batch_size, neur
     return _Job(walk, graph, params, theta, batch_size, {}, (-np.inf, np.inf))
 
 
-def output_neuron(graph: Graph) -> Neuron:
-    """The output neurons, on which a criterion stands unless it names another neuron.
+def criterion_neuron(graph: Graph, name: str | None) -> Neuron:
+    """Where a criterion stands: the neuron of that name; for None the logits, of no name.
 
     Raises:
-      ValueError: If the model does not return logits `[B, K]`.
+      ValueError: For an unknown name, or None where the model does not return logits `[B, K]`.
     """
+    if name is not None:
+        return check_names(graph, [name])[name]
     value = graph.values[graph.logits]
     if len(value.shape) != 2 or value.shape[0] != 1:
         shape = ("B", *value.shape[1:])
@@ -227,9 +229,13 @@ def output_neuron(graph: Graph) -> Neuron:
 def _run(job: _Job, images, outputs, about, progress, checkpoint) -> Slice:
     """Walks all images, batch by batch."""
     total = count(images)
-    outputs = _criterion(job.walk.start, outputs, total)
-    if job.walk.start.name:
-        about["neuron"] = job.walk.start.name
+    named = job.walk.start.name
+    if outputs is not None:
+        outputs = check_criterion(job.walk.start, outputs, total)
+    elif named:
+        raise ValueError(f"outputs must be channel indices of {named}, not None")
+    if named:
+        about["neuron"] = named
     made: list[Slice] = []
     done, mark = 0, ""
     if checkpoint is not None:
@@ -287,15 +293,20 @@ def _joined(pieces: list[Slice]) -> Slice:
     )
 
 
-def _criterion(start: Neuron, outputs: Any, total: int | None) -> np.ndarray | None:
-    """Indices `[N, k]` or bool `[N, *shape]`, checked; None for the predicted classes."""
+def check_criterion(start: Neuron, outputs: Any, total: int | None) -> np.ndarray:
+    """What `outputs` names: indices of channels `[N, k]`, or bool `[N, *shape]`.
+
+    Args:
+      start: Where the criterion stands.
+      outputs: As for `slice_network`, but None.
+      total: Number of images N; None if it is not known yet.
+
+    Raises:
+      ValueError: For another shape, type or range.
+    """
     indices, whose = "class indices", "the model's number of classes"
     if start.name:
         indices, whose = "channel indices", f"the channels of {start.name}"
-    if outputs is None:
-        if start.name:
-            raise ValueError(f"outputs must name {indices} of {start.name}, not None")
-        return None
     outputs = np.asarray(outputs)
     channels = start.shape[start.channel] if start.shape else 1
     single = outputs.dtype == bool and outputs.shape[1:] == start.shape and outputs.ndim
@@ -321,8 +332,8 @@ def _criterion(start: Neuron, outputs: Any, total: int | None) -> np.ndarray | N
     return outputs
 
 
-def _seeds(start: Neuron, outputs: np.ndarray, size: int) -> np.ndarray:
-    """The criterion as CONTRIB `[size, *shape]` float32, 0 for the images past the last."""
+def seeds_of(start: Neuron, outputs: np.ndarray, size: int) -> np.ndarray:
+    """A checked criterion as CONTRIB `[size, *shape]` float32, 0 for the images past the last."""
     seeds = np.zeros((size, *start.shape), np.float32)
     if outputs.dtype == bool:
         seeds[: len(outputs)] = outputs
@@ -366,7 +377,7 @@ def _walk_some(job: _Job, images: Any, count: int, outputs: np.ndarray | None) -
     if size % walk.devices:
         walk = walk._replace(devices=1)
     real = np.arange(size) < count
-    seeds = None if outputs is None else _seeds(walk.start, outputs, size)
+    seeds = None if outputs is None else seeds_of(walk.start, outputs, size)
     images = jnp.asarray(images, graph.values[graph.input].dtype)
     with jax.default_matmul_precision("highest"):
         synapses, neurons = _walk_batch(
