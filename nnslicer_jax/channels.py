@@ -42,6 +42,28 @@ def _image_axis(graph: Any) -> int | None:
     return None
 
 
+def _kept_by_product(graph: Any, node: Any, found: dict[int, int]) -> int | None:
+    """Where a product with a constant leaves the channels; None where it sums over them.
+
+    A constant, as a graph's adjacency, has no units of its own: it mixes positions.
+    """
+    if all(node.data):
+        return None
+    side = node.data.index(True)
+    if node.param[1 - side]:
+        return None
+    contract, batch = node.params["dimension_numbers"]
+    ranks = [len(graph.values[ident].shape) for ident in node.inputs]
+    free = [
+        [a for a in range(rank) if a not in (*summed, *shared)]
+        for rank, summed, shared in zip(ranks, contract, batch, strict=True)
+    ]
+    axis = found.get(node.inputs[side], ranks[side] - 1)
+    if axis not in free[side]:
+        return None
+    return len(batch[0]) + side * len(free[0]) + free[side].index(axis)
+
+
 def _axis(graph: Any, node: Any, out: int, found: dict[int, int]) -> int | None:
     shape = graph.values[out].shape
     key, q = node.key, node.params
@@ -49,6 +71,9 @@ def _axis(graph: Any, node: Any, out: int, found: dict[int, int]) -> int | None:
         return q["dimension_numbers"].out_spec[1]
     if key == "dot_general":
         (contract, _), (batch, _) = q["dimension_numbers"]
+        mixed = _kept_by_product(graph, node, found)
+        if mixed is not None:
+            return mixed
         if node.data[0]:
             return len(shape) - 1
         # weights @ x: the free axes of the weights come before those of x.

@@ -553,6 +553,40 @@ def _graph_convolution() -> Case:
     return plain_case(apply, {"first": (2, 3), "second": (12, 3)}, describe, (4, 2))
 
 
+def _graph_by_adjacency() -> Case:
+    """Neighbours added up by a product with a constant."""
+    adjacency = np.array([[1, 1, 0, 0], [-1, 1, 2, 0], [0, 0, 0, 0], [0, 1, 1, 1]], np.float32)
+
+    def apply(p, x):
+        x = nn.relu(jnp.einsum("pq,bqc->bpc", jnp.asarray(adjacency), x @ p["first"]))
+        return jnp.einsum("bqc,pq->bpc", x, adjacency).reshape(-1, 12) @ p["second"]
+
+    def describe(n):
+        x = n.contract(n.input, "first")
+        with n.scope("pq,bqc->bpc"):
+            x = n.mix(x, adjacency, channel_first=True).T
+        x = n.relu(x)
+        with n.scope("bqc,pq->bpc"):
+            x = n.mix(x, adjacency)
+        n.contract(x.ravel(), "second")
+
+    return plain_case(apply, {"first": (2, 3), "second": (12, 3)}, describe, (4, 2))
+
+
+def _graph_of_the_input() -> Case:
+    """The adjacency is part of the sample."""
+
+    def apply(p, x):
+        adjacency, x = x[..., :4], x[..., 4:] @ p["first"]
+        return nn.relu(adjacency @ x).reshape(-1, 12) @ p["second"]
+
+    def describe(n):
+        adjacency, x = n.input[:, :4], n.contract(n.input[:, 4:], "first")
+        n.contract(n.relu(n.matrix_product(adjacency, x)).ravel(), "second")
+
+    return plain_case(apply, {"first": (2, 3), "second": (12, 3)}, describe, (4, 6))
+
+
 def _matrix_products() -> Case:
     """Attention without a softmax: products of two values that both depend on the image."""
 
@@ -807,6 +841,7 @@ EXACT = _table(
     _max_pool_overlapping, _avg_pool, _avg_pool_uneven, _batch_norm, _residual, _moves,
     _padded_convolution, _global_mean, _global_sum, _global_max, _maximum, _constants, _negatives,
     _difference, _gating, _powers, _cumulative, _cumulative_over_positions, _graph_convolution,
+    _graph_by_adjacency, _graph_of_the_input,
     _matrix_products,
     _tied_weights, _weights_first, _layer_used_twice, _dense_over_positions, _dense_general,
     _scaled_by_parameter, _divided_by_parameter, _lenet, _resnet,

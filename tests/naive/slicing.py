@@ -171,6 +171,19 @@ class Network:
 
         return self._neuron(label, free + outer, make)
 
+    def mix(self, x: Layer, matrix: np.ndarray, channel_first: bool = False) -> Layer:
+        """`matrix @ x` of rows `x` [n, C] and a constant: [m, C], or [C, m]."""
+
+        def make(at):
+            row, channel = at[::-1] if channel_first else at
+            terms = zip(x[:, channel], matrix[row], strict=True)
+            return Sum(tuple(Term(int(i), float(w)) for i, w in terms))
+
+        shape = (len(matrix), x.shape[1])
+        if channel_first:
+            return self._neuron("dot_general", shape[::-1], make, channel=0)
+        return self._neuron("dot_general", shape, make)
+
     def contract_transposed(self, x: Layer, kernel: str) -> Layer:
         """`x @ kernel.T`, with the synapses of `kernel`."""
         outputs, inputs = self.parameters[kernel].shape
