@@ -95,7 +95,10 @@ class Slice:
         )
 
     def union(self, other: "Slice") -> "Slice":
-        """What is in either slice; where in both, the contribution larger in magnitude."""
+        """What is in either slice; where in both, the contribution larger in magnitude.
+
+        Slices of single classes thus compose into a model of several, run by `mask_network`.
+        """
         self._paired(other)
 
         def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:

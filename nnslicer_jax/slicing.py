@@ -91,7 +91,8 @@ def slice_network(
         left out.
       params: Its parameters.
       profile: Mean activations, from `profile`.
-      images: `[N, ...]`, or an iterable of batches.
+      images: `[N, ...]`, or an iterable of batches; those that meet a condition make a
+        conditioned slice.
       outputs: Output neurons of interest: class index for each image `[N]`, several for each
         `[N, k]` (CONTRIB 1 on each), or None for the predicted class. With `neuron`: indices of
         its channels, CONTRIB 1 on each at every position; or bool `[N, *shape]`, true on the
