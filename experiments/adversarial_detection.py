@@ -1,0 +1,783 @@
+"""Adversarial inputs detected by their slices (Zhang et al., ESEC/FSE 2020, first application).
+
+Reproduces the table of seventeen attacks on ResNet-10 and CIFAR-10: a decision tree learns from
+features of normal training images which class the network predicts; an image is flagged where the
+tree disagrees with the network. Features: slices (NNSlicer), effective paths (Qiu et al., CVPR
+2019), and the activations of the convolutions (FeatureMap). Attacked are test images that the
+network gets right, drawn at random; the images that an attack succeeds on are judged beside their
+originals.
+
+What the paper leaves open, and how it is read here: the class a slice is made for, and the one the
+tree learns, is the network's prediction. The synapses of the last layer then name that class, in
+training as under attack, so that a tree that may look at them can but agree with the network.
+Beside it stand features without the last layer and of the first half of the layers, random
+forests, the network's own confidence, and slices of adversarial images made for their true class,
+which no detector knows but which come out as the paper's recall does.
+
+Beyond the paper: false alarms on clean test images, intervals, and an attacker who knows of the
+detector (`interpret/feature_adversary.py`).
+
+Schedules: `cpu` takes two cores about 75 minutes: 10,000 training images, 500 attacked, 4,000
+features, attacks with fewer steps (`STEPS`). `published`: 20,000 features and the attacks'
+defaults. A run that was cut off goes on where it was; what it keeps takes 13 GB under `--cpu`.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from sklearn.metrics import roc_auc_score
+
+import nnslicer_jax as nns
+from experiments import adversarial_detection_figures as figures
+from experiments import record
+from experiments.provenance import ROOT, origin
+from interpret import detect, features
+from interpret.feature_adversary import feature_adversary
+from nnslicer_jax import attacks, data
+from nnslicer_jax.atomic import replacing
+from nnslicer_jax.checkpoint import claim
+
+TITLE = "Adversarial inputs detected by slices"
+TEXT = ""
+
+# Options of the attacks under the schedule `cpu`, in place of their defaults.
+STEPS: Mapping[str, Mapping[str, Any]] = {
+    "JSMA": {"steps": 200},
+    "CW L2": {"steps": 60, "searches": 5, "first_constant": 1.0},
+    "ADef": {"steps": 50},
+    "SinglePixel": {"max_pixels": 50},
+    "LocalSearch": {"rounds": 5},
+    "Boundary": {"steps": 300},
+    "GaussianBlur": {"steps": 100},
+}
+
+
+class Schedule(NamedTuple):
+    """How much is run.
+
+    Attributes:
+      train: Training images that the classifiers learn from.
+      images: Images attacked.
+      columns: Features selected, at most.
+      steps: Options of attacks in place of their defaults.
+      oracle: Attacks whose images are also sliced for their true class.
+    """
+
+    train: int
+    images: int
+    columns: int
+    steps: Mapping[str, Mapping[str, Any]]
+    oracle: tuple[str, ...]
+
+
+SCHEDULES = {
+    "cpu": Schedule(10_000, 500, 4_000, STEPS, ("FGSM 8", "DeepFool L2", "Spatial")),
+    "published": Schedule(10_000, 500, 20_000, {}, tuple(attacks.ATTACKS)),
+}
+
+METHODS = ("NNSlicer", "EffectivePath", "FeatureMap")
+# Those whose features are made for a class.
+_WITH_CRITERION = METHODS[:2]
+# Precision of each method; recall is 1.00 but for FeatureMap, where it stands beside.
+PUBLISHED: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    name: {"EffectivePath": (path, 1.0), "FeatureMap": maps, "NNSlicer": (sliced, 1.0)}
+    for name, path, maps, sliced in (
+        ("FGSM 2", 0.69, (0.58, 0.53), 0.82),
+        ("FGSM 4", 0.56, (0.60, 0.52), 0.84),
+        ("FGSM 8", 0.79, (0.62, 0.55), 0.84),
+        ("DeepFool Linf", 0.64, (0.68, 0.68), 0.85),
+        ("DeepFool L2", 0.64, (0.68, 0.66), 0.85),
+        ("JSMA", 0.69, (0.67, 0.66), 0.85),
+        ("RPGD 2", 0.64, (0.63, 0.56), 0.84),
+        ("RPGD 4", 0.69, (0.62, 0.50), 0.85),
+        ("RPGD 8", 0.60, (0.62, 0.50), 0.85),
+        ("CW L2", 0.64, (0.68, 0.66), 0.85),
+        ("ADef", 0.73, (0.67, 0.66), 0.84),
+        ("SinglePixel", 0.50, (0.44, 0.64), 0.65),
+        ("LocalSearch", 0.71, (0.67, 0.68), 0.84),
+        ("Boundary", 0.69, (0.69, 0.70), 0.85),
+        ("Spatial", 0.64, (0.56, 0.64), 0.77),
+        ("PointWise", 0.76, (0.69, 0.69), 0.85),
+        ("GaussianBlur", 0.76, (0.68, 0.70), 0.85),
+    )
+}
+# Precision, recall, F1.
+PUBLISHED_AVERAGES = {
+    "EffectivePath": (0.67, 1.00, 0.80),
+    "FeatureMap": (0.63, 0.62, 0.62),
+    "NNSlicer": (0.83, 1.00, 0.91),
+}
+
+THETA = 0.2
+_BATCH = 64
+
+
+class Setup(NamedTuple):
+    """The network, its data, and the images drawn.
+
+    Attributes:
+      name: Of the network in the zoo.
+      apply: `apply(params, images) -> logits`.
+      params: Its parameters.
+      graph: The traced network.
+      profile: Mean activations over the training images drawn.
+      train: `[N, H, W, C]` float32, 0..1: normal images to learn from.
+      train_predicted: `[N]` the network's classes of them.
+      clean: `[M, H, W, C]`: test images in the order drawn, right and wrong, up to as many right
+        ones as are attacked.
+      labels: `[M]` their true classes.
+      probabilities: `[M, K]` the network's softmax of them.
+      data: Data set and split, in words.
+    """
+
+    name: str
+    apply: Callable
+    params: Any
+    graph: nns.Graph
+    profile: nns.Profile
+    train: np.ndarray
+    train_predicted: np.ndarray
+    clean: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+    data: str
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """`[M]` the network's classes of the clean test images."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which clean images the network gets right, and so are attacked: indices."""
+        return np.flatnonzero(self.predicted == self.labels)
+
+
+def prepare(model: str, data_dir: str | None, schedule: Schedule, seed: int) -> Setup:
+    """Loads the network, draws the images and profiles those to learn from.
+
+    Raises:
+      ValueError: If there are fewer images than the schedule takes.
+    """
+    trained = nns.zoo.load(model)
+    apply, params = trained.model.apply, trained.variables
+    found = data.load(trained.card["data"], data_dir)
+    draw = np.random.default_rng(seed)
+    if len(found.train_labels) < schedule.train:
+        raise ValueError(
+            f"the schedule takes {schedule.train} training images, {found.name} has "
+            f"{len(found.train_labels)}"
+        )
+    chosen = np.sort(draw.permutation(len(found.train_labels))[: schedule.train])
+    train = data.to_float(np.asarray(found.train_images[chosen]))
+    order = draw.permutation(len(found.test_labels))
+    test = data.to_float(np.asarray(found.test_images[order]))
+    labels = np.asarray(found.test_labels)[order].astype(np.int32)
+    probabilities = softmax(apply, params, test)
+    right = np.flatnonzero(probabilities.argmax(1) == labels)
+    if len(right) < schedule.images:
+        raise ValueError(
+            f"the schedule attacks {schedule.images} test images, {model} gets {len(right)} right"
+        )
+    stop = right[schedule.images - 1] + 1
+    graph = nns.trace(apply, params, train[:1])
+    note = f" ({found.note})" if found.note else ""
+    return Setup(
+        name=model,
+        apply=apply,
+        params=params,
+        graph=graph,
+        profile=nns.profile(graph, params, train),
+        train=train,
+        train_predicted=softmax(apply, params, train).argmax(1),
+        clean=test[:stop],
+        labels=labels[:stop],
+        probabilities=probabilities[:stop],
+        data=f"{found.name}: {len(train):,} training images, {schedule.images} test images that "
+        f"the network gets right among the {stop} drawn{note}",
+    )
+
+
+def softmax(apply: Callable, params: Any, images: np.ndarray) -> np.ndarray:
+    """The network's probabilities `[N, K]`, batch by batch in one compiled program."""
+    run = jax.jit(lambda params, images: jax.nn.softmax(apply(params, images)))
+    size = min(256, len(images))
+    found = []
+    for at in range(0, len(images), size):
+        which = np.minimum(np.arange(at, at + size), len(images) - 1)
+        found.append(np.asarray(run(params, images[which])))
+    return np.concatenate(found)[: len(images)]
+
+
+class Attacked(NamedTuple):
+    """The images that an attack succeeded on.
+
+    Attributes:
+      images: `[S, H, W, C]` float32.
+      which: `[S]` the clean image each was made of.
+      probabilities: `[S, K]` the network's softmax of them.
+    """
+
+    images: np.ndarray
+    which: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """`[S]` the network's classes, none the true one."""
+        return self.probabilities.argmax(1)
+
+
+class Study:
+    """A run in a folder: every stage is made once, and read back when it is there.
+
+    Attributes:
+      setup: The network and its images.
+      schedule: How much is run.
+      seed: Of every draw.
+      folder: Where the stages are.
+    """
+
+    def __init__(self, setup: Setup, schedule: Schedule, seed: int, folder: Path) -> None:
+        self.setup, self.schedule, self.seed, self.folder = setup, schedule, seed, folder
+        claim(
+            folder,
+            {
+                "model": setup.name, "data": setup.data, "train": schedule.train,
+                "images": schedule.images, "columns": schedule.columns, "theta": THETA,
+                "seed": seed,
+            },
+        )  # fmt: skip
+        graph, params, profile = setup.graph, setup.params, setup.profile
+        self.extract: Mapping[str, features.Extract] = {
+            "NNSlicer": features.slices(graph, params, profile, theta=THETA, batch_size=_BATCH),
+            "EffectivePath": features.paths(graph, params, batch_size=_BATCH),
+            "FeatureMap": features.maps(
+                graph, params, features.convolutions(graph), batch_size=_BATCH
+            ),
+        }
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Notes what a stage cost: seconds, over all runs, and the process's peak memory."""
+        start = time.monotonic()
+        yield
+        costs = self.costs()
+        before = costs.get(stage, {"seconds": 0.0, "peak_mib": 0.0})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        costs[stage] = {
+            "seconds": before["seconds"] + time.monotonic() - start,
+            "peak_mib": max(before["peak_mib"], peak),
+        }
+        with replacing(self.folder / "costs.json") as partial:
+            partial.write_text(json.dumps(costs, indent=1) + "\n")
+        seconds = time.monotonic() - start
+        print(f"{stage}: {seconds:,.0f} s, peak {peak:,.0f} MiB", file=sys.stderr, flush=True)
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Stage to its seconds and peak memory."""
+        path = self.folder / "costs.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def attacked(self, name: str) -> Attacked:
+        """The images that an attack succeeds on."""
+        setup, options = self.setup, dict(self.schedule.steps.get(name, {}))
+        folder = self.folder / "attacks" / _slug(name)
+        claim(folder, {"attack": name, "options": options})
+        path = folder / "images.npy"
+        if not path.exists():
+            with self.timed(f"attack {name}"):
+                result = attacks.ATTACKS[name](
+                    jax.random.key(self.seed), setup.apply, setup.params,
+                    setup.clean[setup.right], setup.labels[setup.right], **options,
+                )  # fmt: skip
+                _save(path, np.asarray(result.images))
+        images = np.load(path, allow_pickle=False)
+        probabilities = softmax(setup.apply, setup.params, images)
+        fooled = probabilities.argmax(1) != setup.labels[setup.right]
+        return Attacked(images[fooled], setup.right[fooled], probabilities[fooled])
+
+    def extracted(
+        self, method: str, name: str, images: np.ndarray, outputs: np.ndarray
+    ) -> features.Features:
+        """Features of a set of images for the classes given."""
+        folder = self.folder / "features" / method.lower() / _slug(name)
+        stage = f"{method} of {name}"
+        with nullcontext() if _whole(folder) else self.timed(stage):
+            return features.write(
+                folder, images, outputs, self.extract[method], {"method": method}, progress=stage
+            )
+
+    def train(self, method: str) -> features.Features:
+        """Features of the training images for the network's classes."""
+        return self.extracted(method, "train", self.setup.train, self.setup.train_predicted)
+
+    def columns(self, method: str, layers: str) -> np.ndarray:
+        """The columns of some layers that a classifier is given."""
+        train = self.train(method)
+        path = self.folder / "features" / method.lower() / "dependence.npy"
+        if not path.exists():
+            with self.timed(f"{method}: selection"):
+                statistic = detect.dependence(
+                    train.parts(), self.setup.train_predicted, train.width
+                )
+                _save(path, statistic)
+        among = allowed(self.setup.graph, train.spans, layers)
+        statistic = np.load(path, allow_pickle=False)
+        return detect.most_dependent(statistic, self.schedule.columns, among)
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        features.open_features(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "_").replace("/", "_")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, array)
+
+
+# Layers a classifier may look at.
+ALL, NOT_LAST, FIRST_HALF = "all layers", "without the last layer", "first half of the layers"
+# The detector as published, and what stands beside it.
+PAPER = (ALL, "tree")
+VARIANTS = (
+    PAPER,
+    (NOT_LAST, "tree"),
+    (FIRST_HALF, "tree"),
+    (ALL, "forest"),
+    (FIRST_HALF, "forest"),
+)
+
+
+class Detector(NamedTuple):
+    """What flags an image: a classifier of some features.
+
+    Attributes:
+      method: One of `METHODS`.
+      layers: Whose features: `ALL`, `NOT_LAST` or `FIRST_HALF`.
+      classifier: One of `detect.CLASSIFIERS`.
+    """
+
+    method: str
+    layers: str = ALL
+    classifier: str = "tree"
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.classifier}, {self.layers}"
+
+
+# Feature maps are those of the convolutions, which the last layer is not.
+DETECTORS = tuple(
+    Detector(method, *variant)
+    for method in METHODS
+    for variant in VARIANTS
+    if (method, variant[0]) != ("FeatureMap", NOT_LAST)
+)
+
+
+def allowed(graph: nns.Graph, spans: Mapping[str, tuple[int, int]], layers: str) -> np.ndarray:
+    """Which columns belong to some layers, `[F]` bool; `layers` as in `Detector`."""
+    deep = features.depths(graph)
+    if layers == ALL:
+        chosen = set(spans)
+    elif layers == NOT_LAST:
+        last = max(deep[name] for name in spans)
+        chosen = {name for name in spans if deep[name] < last}
+    else:
+        half = features.halfway(graph)
+        chosen = {name for name in spans if deep[name] < half}
+    among = np.zeros(max(stop for _, stop in spans.values()), bool)
+    for name in chosen:
+        first, stop = spans[name]
+        among[first:stop] = True
+    return among
+
+
+class Judged(NamedTuple):
+    """A set of images with what detectors are to compare with.
+
+    Attributes:
+      images: `[N, H, W, C]`.
+      outputs: `[N]` the classes that slices are made for.
+      predicted: `[N]` the network's classes.
+    """
+
+    images: np.ndarray
+    outputs: np.ndarray
+    predicted: np.ndarray
+
+
+def judged_sets(study: Study) -> dict[str, Judged]:
+    """Every set that the published way judges: clean images and each attack's, if any."""
+    setup = study.setup
+    sets = {"clean": Judged(setup.clean, setup.predicted, setup.predicted)}
+    for name in attacks.ATTACKS:
+        found = study.attacked(name)
+        if len(found.images):
+            sets[name] = Judged(found.images, found.predicted, found.predicted)
+    return sets
+
+
+def true_class_sets(study: Study) -> dict[str, Judged]:
+    """Sets sliced for their true class, which the network may not predict."""
+    setup = study.setup
+    sets = {"clean": Judged(setup.clean, setup.labels, setup.predicted)}
+    for name in study.schedule.oracle:
+        found = study.attacked(name)
+        if len(found.images):
+            sets[name] = Judged(found.images, setup.labels[found.which], found.predicted)
+    return {f"{name}, true class": judged for name, judged in sets.items()}
+
+
+def verdicts(
+    study: Study, detector: Detector, sets: Mapping[str, Judged]
+) -> dict[str, detect.Verdict]:
+    """What a detector says of every image of some sets."""
+    folder = study.folder / "verdicts" / _slug(str(detector).replace(",", ""))
+    paths = {name: folder / f"{_slug(name)}.npz" for name in sets}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if missing:
+        columns = study.columns(detector.method, detector.layers)
+        with study.timed(f"{detector}: training"):
+            classifier = detect.fit(
+                study.train(detector.method).take(columns), study.setup.train_predicted,
+                classifier=detector.classifier, seed=study.seed,
+            )  # fmt: skip
+        for name in missing:
+            images, outputs, predicted = sets[name]
+            found = study.extracted(detector.method, name, images, outputs)
+            verdict = detect.judge(classifier, found.take(columns), predicted)
+            with replacing(paths[name]) as partial, partial.open("wb") as file:
+                np.savez(file, flags=verdict.flags, score=verdict.score)
+    said = {}
+    for name, path in paths.items():
+        with np.load(path, allow_pickle=False) as file:
+            said[name] = detect.Verdict(file["flags"], file["score"])
+    return said
+
+
+Fields = dict[str, Any]
+_NONE_FOOLED = "the attack fooled the network on no image"
+
+
+def attack_rows(study: Study) -> list[Fields]:
+    """The table: each attack and method, as published, and the averages of every detector."""
+    sets = judged_sets(study)
+    rows: list[Fields] = []
+    for name in attacks.ATTACKS:
+        count = len(sets[name].images) if name in sets else 0
+        tried = len(study.setup.right)
+        note = f"of {tried} attacked"
+        rows.append(
+            {"row": name, "metric": "images fooled", "ours": count, "n": tried, "note": note}
+        )
+    for detector in DETECTORS:
+        said = verdicts(study, detector, sets)
+        found = {}
+        for name in attacks.ATTACKS:
+            normal = adversarial = detect.Verdict(np.empty(0, bool), np.empty(0))
+            if name in sets:
+                which = study.attacked(name).which
+                normal, adversarial = detect.some(said["clean"], which), said[name]
+            found[name] = detect.measure(normal, adversarial)
+            if (detector.layers, detector.classifier) == PAPER:
+                spread = detect.intervals(normal, adversarial, seed=study.seed)
+                rows += _measured(
+                    f"{name}, {detector.method}", found[name], spread, len(adversarial.flags),
+                    PUBLISHED[name][detector.method],
+                )  # fmt: skip
+        rows += _averages(detector, found)
+    return rows
+
+
+def _measured(
+    row: str, found: detect.Measures, spread: detect.Measures, count: int,
+    published: Sequence[float],
+) -> list[Fields]:  # fmt: skip
+    rows = []
+    known = dict(zip(("precision", "recall"), published, strict=True))
+    for metric, ours, interval in zip(found._fields, found, spread, strict=True):
+        fields = {"row": row, "metric": metric, "ours": ours, "n": count, "spread": interval}
+        if metric in known:
+            fields["published"] = known[metric]
+        if ours is None:
+            fields |= {"spread": None, "note": "nothing was flagged" if count else _NONE_FOOLED}
+        rows.append(fields)
+    return rows
+
+
+def _averages(detector: Detector, found: Mapping[str, detect.Measures]) -> list[Fields]:
+    paper = (detector.layers, detector.classifier) == PAPER
+    known = PUBLISHED_AVERAGES[detector.method] if paper else ()
+    rows = []
+    for at, metric in enumerate(detect.Measures._fields):
+        values = [measures[at] for measures in found.values() if measures[at] is not None]
+        rows.append(
+            {
+                "row": f"average, {detector}", "metric": metric,
+                "ours": float(np.mean(values)) if values else None,
+                "published": known[at] if at < len(known) else None,
+                "n": len(values),
+                "note": f"over {len(values)} attacks" if values else "undefined for every attack",
+            }
+        )  # fmt: skip
+    return rows
+
+
+def confidence_rows(study: Study) -> list[Fields]:
+    """AUROC of 1 - the network's own probability of its class: what detectors have to beat."""
+    clean = 1 - study.setup.probabilities.max(1)
+    values = []
+    for name in attacks.ATTACKS:
+        found = study.attacked(name)
+        if len(found.images):
+            scores = np.concatenate([clean[found.which], 1 - found.probabilities.max(1)])
+            values.append(roc_auc_score(np.repeat([0, 1], len(found.images)), scores))
+    return [
+        {
+            "row": "average, the network's own confidence", "metric": "auroc",
+            "ours": float(np.mean(values)) if values else None, "n": len(values),
+            "note": f"over {len(values)} attacks" if values else _NONE_FOOLED,
+        }
+    ]  # fmt: skip
+
+
+def alarm_rows(study: Study) -> list[Fields]:
+    """False alarms on clean test images, with exact binomial intervals."""
+    right = study.setup.predicted == study.setup.labels
+    sets = {"clean": judged_sets(study)["clean"]}
+    rows = []
+    for detector in DETECTORS:
+        flags = verdicts(study, detector, sets)["clean"].flags
+        kinds = {"clean test images": np.ones(len(right), bool)}
+        if (detector.layers, detector.classifier) == PAPER:
+            kinds |= {"those predicted rightly": right, "those predicted wrongly": ~right}
+        for kind, which in kinds.items():
+            fields: Fields = {"row": str(detector), "metric": f"flagged of {kind}"}
+            if which.any():
+                share, spread = detect.rate(flags[which])
+                fields |= {"ours": share, "spread": spread, "n": int(which.sum())}
+            else:
+                fields |= {"ours": None, "n": 0, "note": "there are none"}
+            rows.append(fields)
+    return rows
+
+
+def true_class_rows(study: Study) -> list[Fields]:
+    """Slices made for the true class, as no detector can: what a leak of it does."""
+    sets = true_class_sets(study)
+    rows: list[Fields] = []
+    for method in _WITH_CRITERION:
+        said = verdicts(study, Detector(method), sets)
+        alarms, _ = detect.rate(said["clean, true class"].flags)
+        for name in study.schedule.oracle:
+            row = f"{name}, {method} for the true class"
+            if f"{name}, true class" not in said:
+                rows.append({"row": row, "metric": "recall", "ours": None, "note": _NONE_FOOLED})
+                continue
+            flags = said[f"{name}, true class"].flags
+            recall, spread = detect.rate(flags)
+            rows.append(
+                {"row": row, "metric": "recall", "ours": recall, "spread": spread,
+                 "n": len(flags), "published": PUBLISHED[name][method][1]}
+            )  # fmt: skip
+            rows.append(
+                {"row": row, "metric": "precision", "n": len(flags),
+                 "ours": recall / (recall + alarms) if recall + alarms else None,
+                 "published": PUBLISHED[name][method][0],
+                 "note": "beside as many normal images drawn at random, predicted rightly or not"}
+            )  # fmt: skip
+    return rows
+
+
+class Adaptive(NamedTuple):
+    """What the attacker who knows of the detector tries.
+
+    Attributes:
+      images: Clean images attacked, of those that the network gets right.
+      guides: Normal images of another class that each is made to resemble, one after the other.
+      eps: Budgets, in 256ths of the pixel range.
+      steps: Gradient steps.
+    """
+
+    images: int
+    guides: int
+    eps: tuple[int, ...]
+    steps: int
+
+
+ADAPTIVE = {
+    "cpu": Adaptive(100, 4, (8, 16, 32), 60),
+    "published": Adaptive(500, 8, (8, 16, 32), 200),
+}
+
+
+def adversary_name(eps: int) -> str:
+    """What the adaptive attacker of a budget is called."""
+    return f"feature adversary, eps {eps}/256"
+
+
+def adaptive_set(study: Study, adaptive: Adaptive, eps: int) -> tuple[np.ndarray, Judged]:
+    """Candidates of the adaptive attacker: which image each is of, and all as a set.
+
+    Each guide is a training image of the class that the network finds second likeliest for the
+    image, drawn at random.
+    """
+    setup = study.setup
+    which = np.repeat(setup.right[: adaptive.images], adaptive.guides)
+    wanted = np.argsort(setup.probabilities[which], 1)[:, -2]
+    draw = np.random.default_rng(study.seed)
+    guides = []
+    for label in wanted:
+        known = np.flatnonzero(setup.train_predicted == label)
+        guides.append(draw.choice(known if len(known) else len(setup.train)))
+    folder = study.folder / "attacks" / f"feature_adversary_{eps}"
+    claim(folder, {**adaptive._asdict(), "eps": eps})
+    path = folder / "images.npy"
+    if not path.exists():
+        last = [n.value for n in setup.graph.neurons().values()].index(setup.graph.logits)
+        names = [*features.convolutions(setup.graph), list(setup.graph.neurons())[last]]
+        with study.timed(adversary_name(eps)):
+            moved = feature_adversary(
+                setup.graph, setup.params, setup.clean[which], setup.train[guides], names,
+                eps=eps / 256, steps=adaptive.steps,
+            )  # fmt: skip
+            _save(path, moved)
+    moved = np.load(path, allow_pickle=False)
+    predicted = softmax(setup.apply, setup.params, moved).argmax(1)
+    return which, Judged(moved, predicted, predicted)
+
+
+def adaptive_rows(study: Study, adaptive: Adaptive) -> list[Fields]:
+    """Success of the adaptive attacker: network fooled and nothing flagged."""
+    rows: list[Fields] = []
+    for eps in adaptive.eps:
+        which, judged = adaptive_set(study, adaptive, eps)
+        fooled = judged.predicted != study.setup.labels[which]
+        images = np.unique(which)
+        name = adversary_name(eps)
+
+        def share(hits: np.ndarray, which=which, images=images) -> Fields:
+            found, spread = detect.rate(np.isin(images, which[hits]))
+            return {"ours": found, "spread": spread, "n": len(images)}
+
+        rows.append({"row": name, "metric": "network fooled", **share(fooled)})
+        for detector in DETECTORS:
+            flags = verdicts(study, detector, {name: judged})[name].flags
+            row = f"{name}, {detector}"
+            metric = "network fooled and not flagged"
+            rows.append({"row": row, "metric": metric, **share(fooled & ~flags)})
+            if fooled.any():
+                caught, spread = detect.rate(flags[fooled])
+                rows.append(
+                    {"row": row, "metric": "flagged of the candidates that fool the network",
+                     "ours": caught, "spread": spread, "n": int(fooled.sum())}
+                )  # fmt: skip
+    return rows
+
+
+def judge_all(study: Study, adaptive: Adaptive) -> None:
+    """Trains each detector once and keeps what it says of every set."""
+    sets = judged_sets(study)
+    for eps in adaptive.eps:
+        sets[adversary_name(eps)] = adaptive_set(study, adaptive, eps)[1]
+    known = true_class_sets(study)
+    for detector in DETECTORS:
+        leaks = detector in map(Detector, _WITH_CRITERION)
+        verdicts(study, detector, sets | known if leaks else sets)
+
+
+def run(study: Study, adaptive: Adaptive) -> list[Fields]:
+    """All stages; the fields of the rows that are the study's own."""
+    judge_all(study, adaptive)
+    rows = [*attack_rows(study), *confidence_rows(study), *alarm_rows(study)]
+    rows += [*true_class_rows(study), *adaptive_rows(study, adaptive)]
+    rows += [
+        {"row": stage, "metric": "peak memory of the process", "ours": cost["peak_mib"],
+         "unit": "MiB"}
+        for stage, cost in study.costs().items() if stage.endswith("of train")
+    ]  # fmt: skip
+    return rows
+
+
+# Whose images the picture of slices shows.
+_PICTURED = "FGSM 8"
+
+
+def draw(study: Study, rows: Sequence[record.Row], folder: Path) -> None:
+    """Writes the pictures."""
+    figures.save(figures.per_attack(rows, METHODS), folder / "per_attack.png")
+    figures.save(figures.averages(rows), folder / "averages.png")
+    figures.save(figures.adaptive(rows), folder / "adaptive.png")
+    setup, found = study.setup, study.attacked(_PICTURED)
+    if not len(found.images):
+        return
+    images = np.stack([setup.clean[found.which[0]], found.images[0]])
+    predicted = [setup.predicted[found.which[0]], found.predicted[0]]
+    piece = nns.slice_network(
+        setup.graph, setup.params, setup.profile, images, np.array(predicted), THETA,
+        per_sample=True,
+    )  # fmt: skip
+    deep = features.depths(setup.graph)
+    kernels = sorted((k for k, v in piece.synapses.items() if v.ndim == 5), key=deep.__getitem__)
+    layer = kernels[len(kernels) // 2]
+    titles = [
+        f"{kind}, predicted {label}"
+        for kind, label in zip(("normal", f"after {_PICTURED}"), predicted, strict=True)
+    ]
+    picture = figures.slices(images, titles, piece.synapses[layer], layer)
+    figures.save(picture, folder / "slices.png")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    # JAX reports every accelerator that it does not find.
+    logging.set_verbosity(logging.WARNING)
+    options = flags.FLAGS
+    schedule = SCHEDULES[options.schedule]
+    try:
+        setup = prepare(options.model, options.data_dir, schedule, options.seed)
+        study = Study(setup, schedule, options.seed, Path(options.checkpoint_dir))
+        found = run(study, ADAPTIVE[options.schedule])
+        about = origin(data=setup.data, seeds=[options.seed])
+        rows = tuple(record.Row(study="adversarial_detection", **row, **about) for row in found)
+        for row in rows:
+            print(f"{row.row}: {row.metric} {row.ours} (published {row.published})")
+        draw(study, rows, Path(options.figures))
+        if options.out:
+            record.write(options.out, record.Record(title=TITLE, text=TEXT, rows=rows))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    # Flags are global, and every study has an --out: defined here, modules import side by side.
+    flags.DEFINE_enum("schedule", "cpu", sorted(SCHEDULES), "how much is run")
+    flags.DEFINE_string("model", "resnet10_cifar10", "network of the zoo")
+    flags.DEFINE_string("data_dir", None, "folder searched first for the data set")
+    flags.DEFINE_integer("seed", 0, "draws images, attacks, trees and intervals", lower_bound=0)
+    folder = ROOT / "out" / "adversarial_detection"
+    flags.DEFINE_string("checkpoint_dir", str(folder), "folder for the stages, to go on from")
+    flags.DEFINE_string("figures", str(folder / "figures"), "folder for the pictures")
+    results = ROOT / "experiments" / "results" / "adversarial_detection.json"
+    flags.DEFINE_string("out", str(results), "results file; empty writes none")
+    app.run(main)
