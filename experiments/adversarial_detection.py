@@ -22,6 +22,7 @@ features, attacks with fewer steps (`STEPS`). `published`: 20,000 features and t
 defaults. A run that was cut off goes on where it was; what it keeps takes 13 GB under `--cpu`.
 """
 
+import functools
 import json
 import resource
 import sys
@@ -209,13 +210,17 @@ def prepare(model: str, data_dir: str | None, schedule: Schedule, seed: int) -> 
 
 def softmax(apply: Callable, params: Any, images: np.ndarray) -> np.ndarray:
     """The network's probabilities `[N, K]`, batch by batch in one compiled program."""
-    run = jax.jit(lambda params, images: jax.nn.softmax(apply(params, images)))
     size = min(256, len(images))
     found = []
     for at in range(0, len(images), size):
         which = np.minimum(np.arange(at, at + size), len(images) - 1)
-        found.append(np.asarray(run(params, images[which])))
+        found.append(np.asarray(_softmax(apply, params, images[which])))
     return np.concatenate(found)[: len(images)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _softmax(apply: Callable, params: Any, images: jax.Array) -> jax.Array:
+    return jax.nn.softmax(apply(params, images))
 
 
 class Attacked(NamedTuple):
@@ -249,6 +254,7 @@ class Study:
 
     def __init__(self, setup: Setup, schedule: Schedule, seed: int, folder: Path) -> None:
         self.setup, self.schedule, self.seed, self.folder = setup, schedule, seed, folder
+        self._attacked: dict[str, Attacked] = {}
         claim(
             folder,
             {
@@ -268,19 +274,14 @@ class Study:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Notes what a stage cost: seconds, over all runs, and the process's peak memory."""
+        """Notes what a stage cost the run that ended it: seconds, peak memory of the process."""
         start = time.monotonic()
         yield
-        costs = self.costs()
-        before = costs.get(stage, {"seconds": 0.0, "peak_mib": 0.0})
+        seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        costs[stage] = {
-            "seconds": before["seconds"] + time.monotonic() - start,
-            "peak_mib": max(before["peak_mib"], peak),
-        }
+        costs = {**self.costs(), stage: {"seconds": seconds, "peak_mib": peak}}
         with replacing(self.folder / "costs.json") as partial:
             partial.write_text(json.dumps(costs, indent=1) + "\n")
-        seconds = time.monotonic() - start
         print(f"{stage}: {seconds:,.0f} s, peak {peak:,.0f} MiB", file=sys.stderr, flush=True)
 
     def costs(self) -> dict[str, dict[str, float]]:
@@ -290,6 +291,11 @@ class Study:
 
     def attacked(self, name: str) -> Attacked:
         """The images that an attack succeeds on."""
+        if name not in self._attacked:
+            self._attacked[name] = self._attack(name)
+        return self._attacked[name]
+
+    def _attack(self, name: str) -> Attacked:
         setup, options = self.setup, dict(self.schedule.steps.get(name, {}))
         folder = self.folder / "attacks" / _slug(name)
         claim(folder, {"attack": name, "options": options})

@@ -89,7 +89,7 @@ def slices(
             )
         )  # fmt: skip
 
-    return _whole_batches(extract, batch_size)
+    return _by_batches(extract, batch_size)
 
 
 def paths(graph: nns.Graph, params: Any, *, theta: float = 0.5, batch_size: int = 64) -> Extract:
@@ -111,7 +111,7 @@ def paths(graph: nns.Graph, params: Any, *, theta: float = 0.5, batch_size: int 
             )
         )
 
-    return _whole_batches(extract, batch_size)
+    return _by_batches(extract, batch_size)
 
 
 def maps(graph: nns.Graph, params: Any, neurons: Sequence[str], *, batch_size: int = 64) -> Extract:
@@ -131,29 +131,28 @@ def maps(graph: nns.Graph, params: Any, neurons: Sequence[str], *, batch_size: i
         return {name: found[name] for name in neurons}
 
     def extract(images: np.ndarray, outputs: np.ndarray) -> Table:
-        parts = [
-            record(params, images[at : at + batch_size]) for at in range(0, len(images), batch_size)
-        ]
+        found = record(params, images)
         # A jitted function returns dictionaries in the order of their keys.
-        return activations(
-            {name: np.concatenate([np.asarray(p[name]) for p in parts]) for name in neurons}
-        )
+        return activations({name: found[name] for name in neurons})
 
-    return _whole_batches(extract, batch_size)
+    return _by_batches(extract, batch_size)
 
 
-def _whole_batches(extract: Extract, batch_size: int) -> Extract:
-    """Fills images up to whole batches, so that one compiled program serves any number."""
+def _by_batches(extract: Extract, batch_size: int) -> Extract:
+    """Extracts some images at a time, always as many, so that one compiled program serves."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
-    def filled(images: np.ndarray, outputs: np.ndarray) -> Table:
-        count = len(images)
-        which = np.minimum(np.arange(-(-count // batch_size) * batch_size), count - 1)
-        values, spans = extract(images[which], outputs[which])
-        return Table(values[:count], spans)
+    def extract_all(images: np.ndarray, outputs: np.ndarray) -> Table:
+        made = []
+        for at in range(0, len(images), batch_size):
+            which = np.minimum(np.arange(at, at + batch_size), len(images) - 1)
+            values, spans = extract(images[which], outputs[which])
+            made.append(values[: len(images) - at])
+        stack = sparse.vstack if sparse.issparse(made[0]) else np.concatenate
+        return Table(stack(made), spans)
 
-    return filled
+    return extract_all
 
 
 def convolutions(graph: nns.Graph) -> list[str]:
