@@ -723,7 +723,7 @@ def run(study: Study, adaptive: Adaptive) -> list[Fields]:
     return rows
 
 
-# Whose images the picture of slices shows.
+# Whose image the picture of slices shows, if it fools the network on any.
 _PICTURED = "FGSM 8"
 
 
@@ -732,9 +732,11 @@ def draw(study: Study, rows: Sequence[record.Row], folder: Path) -> None:
     figures.save(figures.per_attack(rows, METHODS), folder / "per_attack.png")
     figures.save(figures.averages(rows), folder / "averages.png")
     figures.save(figures.adaptive(rows), folder / "adaptive.png")
-    setup, found = study.setup, study.attacked(_PICTURED)
-    if not len(found.images):
+    order = sorted(attacks.ATTACKS, key=lambda name: name != _PICTURED)
+    names = [name for name in order if len(study.attacked(name).images)]
+    if not names:
         return
+    setup, found = study.setup, study.attacked(names[0])
     images = np.stack([setup.clean[found.which[0]], found.images[0]])
     predicted = [setup.predicted[found.which[0]], found.predicted[0]]
     piece = nns.slice_network(
@@ -746,7 +748,7 @@ def draw(study: Study, rows: Sequence[record.Row], folder: Path) -> None:
     layer = kernels[len(kernels) // 2]
     titles = [
         f"{kind}, predicted {label}"
-        for kind, label in zip(("normal", f"after {_PICTURED}"), predicted, strict=True)
+        for kind, label in zip(("normal", f"after {names[0]}"), predicted, strict=True)
     ]
     picture = figures.slices(images, titles, piece.synapses[layer], layer)
     figures.save(picture, folder / "slices.png")

@@ -16,6 +16,7 @@ from experiments import (
     page,
     provenance,
     quickstart_agreement,
+    quickstart_detection,
     quickstart_pictures,
     quickstart_similarity,
     quickstart_sizes,
@@ -29,6 +30,7 @@ SECTIONS: tuple[Callable[[Case], page.Section], ...] = (
     quickstart_sizes.sizes,
     quickstart_agreement.agreement,
     quickstart_similarity.similarity,
+    quickstart_detection.detection,
 )
 
 _TITLE = "Slicing a network that reads handwritten digits"

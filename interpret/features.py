@@ -340,7 +340,8 @@ def _write(path: Path, values: Matrix) -> None:
 
 def _read(path: Path, count: int, width: int) -> Matrix:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a file open that it cannot read.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if "dense" in file:
                 values = file["dense"]
             else:
