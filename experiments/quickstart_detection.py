@@ -15,7 +15,7 @@ from nnslicer_jax import attacks
 # Training images that the detectors learn from.
 _TRAIN = 600
 _COLUMNS = 1000
-_CONFIDENCE = "network's own confidence"
+_CONFIDENCE = "confidence of the network"
 
 
 class Images(NamedTuple):

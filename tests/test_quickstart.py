@@ -18,10 +18,13 @@ from experiments import (
     quickstart,
     quickstart_agreement,
     quickstart_case,
+    quickstart_detection,
     quickstart_pictures,
     quickstart_similarity,
 )
 from experiments.quickstart_case import prepare
+from interpret import detect
+from nnslicer_jax import attacks
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"theta": 0.3, "eps": 0.1, "seed": 0}
@@ -210,6 +213,39 @@ def test_similarity_matrix_is_that_of_the_slices(case):
     expected = [[a.similarity(b) for b in pieces] for a in pieces]
     np.testing.assert_allclose(quickstart_similarity._jaccard(few), expected, rtol=1e-6)
     assert len(np.unique(expected)) > 4
+
+
+def test_detection_is_that_of_slices_made_directly(made, case):
+    _, read, _ = made
+    told = quickstart_detection.judge(case)
+    train = case.train_images[:600]
+    classes = np.asarray(nns.evaluate(case.graph, case.params, train)[0]).argmax(1)
+
+    def rows(images, outputs):
+        piece = nns.slice_network(
+            case.graph, case.params, case.profile, images, outputs, theta=0.3, per_sample=True,
+            batch_size=100,
+        )  # fmt: skip
+        return np.concatenate([v.reshape(len(v), -1) for v in piece.synapses.values()], 1)
+
+    known = rows(train, classes)
+    statistic = detect.dependence([(slice(0, 600), known)], classes, known.shape[1])
+    columns = detect.most_dependent(statistic, 1000)
+    tree = detect.fit(known[:, columns], classes)
+    expected = tree.predict(rows(case.test_images, case.test_predicted)[:, columns])
+    first = told[0]
+    assert (first.detector, first.attack) == ("slices, tree, all layers", "FGSM 0.1")
+    assert len(first.normal.flags) == len(first.adversarial.flags) == case.fooled
+    attack = attacks.fgsm(
+        None, case.trained.model.apply, case.params, case.test_images, case.test_labels, eps=0.1
+    )
+    right = case.test_predicted == case.test_labels
+    fooled = np.flatnonzero(right & np.asarray(attack.success))
+    flags = (expected != case.test_predicted)[fooled]
+    np.testing.assert_array_equal(first.normal.flags, flags)
+    cells = [row for row in read.rows if row[0] == first.detector][0]
+    assert cells[1] == f"FGSM 0.1 ({case.fooled})" and cells[-1] == f"{flags.mean():.1%}"
+    assert cells[3] == f"{first.adversarial.flags.mean():.2f}"
 
 
 def test_random_synapses_are_as_many_in_each_layer(case):
