@@ -497,9 +497,10 @@ _NONE_FOOLED = "the attack fooled the network on no image"
 
 
 def attack_rows(study: Study) -> list[Fields]:
-    """The table: each attack and method, as published, and the averages of every detector."""
+    """The averages of every detector, then each attack and method as published."""
     sets = judged_sets(study)
     rows: list[Fields] = []
+    averages: list[Fields] = []
     for name in attacks.ATTACKS:
         count = len(sets[name].images) if name in sets else 0
         tried = len(study.setup.right)
@@ -522,8 +523,8 @@ def attack_rows(study: Study) -> list[Fields]:
                     f"{name}, {detector.method}", found[name], spread, len(adversarial.flags),
                     PUBLISHED[name][detector.method],
                 )  # fmt: skip
-        rows += _averages(detector, found)
-    return rows
+        averages += _averages(detector, found)
+    return [*averages, *rows]
 
 
 def _measured(
@@ -687,27 +688,31 @@ def adaptive_set(study: Study, adaptive: Adaptive, eps: int) -> tuple[np.ndarray
 def adaptive_rows(study: Study, adaptive: Adaptive) -> list[Fields]:
     """Success of the adaptive attacker: network fooled and nothing flagged."""
     rows: list[Fields] = []
+    clean = {"clean": judged_sets(study)["clean"]}
     for eps in adaptive.eps:
         which, judged = adaptive_set(study, adaptive, eps)
         fooled = judged.predicted != study.setup.labels[which]
-        images = np.unique(which)
-        name = adversary_name(eps)
+        images, name = np.unique(which), adversary_name(eps)
 
-        def share(hits: np.ndarray, which=which, images=images) -> Fields:
-            found, spread = detect.rate(np.isin(images, which[hits]))
-            return {"ours": found, "spread": spread, "n": len(images)}
+        def share(row: str, metric: str, wins: np.ndarray, which=which, images=images) -> None:
+            ours, spread = detect.rate(np.isin(images, which[wins]))
+            rows.append(
+                {"row": row, "metric": metric, "ours": ours, "spread": spread, "n": len(images)}
+            )
 
-        rows.append({"row": name, "metric": "network fooled", **share(fooled)})
+        share(name, "network fooled", fooled)
         for detector in DETECTORS:
-            flags = verdicts(study, detector, {name: judged})[name].flags
+            said = verdicts(study, detector, clean | {name: judged})
             row = f"{name}, {detector}"
-            metric = "network fooled and not flagged"
-            rows.append({"row": row, "metric": metric, **share(fooled & ~flags)})
-            if fooled.any():
-                caught, spread = detect.rate(flags[fooled])
+            share(row, "network fooled and not flagged", fooled & ~said[name].flags)
+            normal = detect.some(said["clean"], which[fooled])
+            found = detect.measure(normal, detect.some(said[name], fooled))
+            for metric in ("recall", "auroc"):
+                ours = getattr(found, metric)
+                note = "" if fooled.any() else "no candidate fooled the network"
                 rows.append(
-                    {"row": row, "metric": "flagged of the candidates that fool the network",
-                     "ours": caught, "spread": spread, "n": int(fooled.sum())}
+                    {"row": row, "metric": metric, "ours": ours, "n": int(fooled.sum()),
+                     "note": note or "over all candidates that fool the network"}
                 )  # fmt: skip
     return rows
 
@@ -726,7 +731,7 @@ def judge_all(study: Study, adaptive: Adaptive) -> None:
 def run(study: Study, adaptive: Adaptive) -> list[Fields]:
     """All stages; the fields of the rows that are the study's own."""
     judge_all(study, adaptive)
-    rows = [*attack_rows(study), *confidence_rows(study), *alarm_rows(study)]
+    rows = [*confidence_rows(study), *attack_rows(study), *alarm_rows(study)]
     rows += [*true_class_rows(study), *adaptive_rows(study, adaptive)]
     rows += [
         {"row": stage, "metric": "peak memory of the process", "ours": cost["peak_mib"],

@@ -1,1 +1,1 @@
-"""The channels a single input is routed through (CDRP), and what they tell."""
+"""The channels a single input is routed through (CDRP), what they tell, and detection by them."""
