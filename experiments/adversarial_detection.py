@@ -132,7 +132,8 @@ PUBLISHED_AVERAGES = {
 }
 
 THETA = 0.2
-_BATCH = 64
+# Keeps the process below 2 GiB.
+_BATCH = 32
 
 
 class Setup(NamedTuple):
@@ -213,7 +214,7 @@ def prepare(model: str, data_dir: str | None, schedule: Schedule, seed: int) -> 
         profile=nns.profile(graph, params, train),
         train=train,
         train_predicted=softmax(apply, params, train).argmax(1),
-        clean=test[:stop],
+        clean=test[:stop].copy(),
         labels=labels[:stop],
         probabilities=probabilities[:stop],
         data=f"{found.name}: {len(train):,} training images, {schedule.images} test images that "
