@@ -23,6 +23,7 @@ defaults. A run that was cut off goes on where it was; what it keeps takes 13 GB
 """
 
 import functools
+import hashlib
 import json
 import resource
 import sys
@@ -272,7 +273,8 @@ class Study:
         claim(
             folder,
             {
-                "model": setup.name, "data": setup.data, "train": schedule.train,
+                "model": setup.name, "weights": _fingerprint(setup.params),
+                "data": setup.data, "train": schedule.train,
                 "images": schedule.images, "columns": schedule.columns, "theta": THETA,
                 "seed": seed,
             },
@@ -354,6 +356,13 @@ class Study:
         among = allowed(self.setup.graph, train.spans, layers)
         statistic = np.load(path, allow_pickle=False)
         return detect.most_dependent(statistic, self.schedule.columns, among)
+
+
+def _fingerprint(params: Any) -> str:
+    mark = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        mark.update(np.ascontiguousarray(leaf).tobytes())
+    return mark.hexdigest()
 
 
 def _whole(folder: Path) -> bool:
