@@ -12,7 +12,7 @@ tree learns, is the network's prediction. The synapses of the last layer then na
 training as under attack, so that a tree that may look at them can but agree with the network.
 Beside it stand features without the last layer and of the first half of the layers, random
 forests, the network's own confidence, and slices of adversarial images made for their true class,
-which no detector knows but which come out as the paper's recall does.
+which no detector knows but which come close to the paper's recall and precision.
 
 Beyond the paper: false alarms on clean test images, intervals, and an attacker who knows of the
 detector (`interpret/feature_adversary.py`).
@@ -55,10 +55,11 @@ TEXT = (
     "all of which the network gets right. Features and the classes they are made for are the "
     "network's predictions throughout; the first rows of each method are the published way, a "
     "decision tree on all layers. A slice made for a class names it in the last layer's synapses, "
-    "so such a tree agrees with the network under attack as well; the paper's recall of 1.00 comes "
-    "out where an adversarial image is sliced for its true class instead (rows `for the true "
-    "class`), which no detector knows. A single tree's leaves are pure: its score is 0 or 1, and "
-    "its AUROC that of one point. The network's own confidence is 1 - its probability of the "
+    "so such a tree agrees with the network under attack as well. About the paper's recall and "
+    "precision come out where adversarial images are sliced for their true class instead (rows "
+    "`for the true class`), which no detector knows; how the paper did it is not known here. A "
+    "single tree's leaves are pure: its score is 0 or 1, and its AUROC that of one point. The "
+    "network's own confidence is 1 - its probability of the "
     "predicted class. The feature adversary knows of the detectors: it moves an image to where its "
     "activations are those of a normal image of another class. Spreads are 95 % intervals: over "
     "images drawn anew for precision, recall, F1 and AUROC, exact binomial for shares."

@@ -23,8 +23,8 @@ def slices(images: np.ndarray, titles: Sequence[str], contribs: np.ndarray, laye
       contribs: `[2, KH, KW, I, O]` integers, one convolution's kernel.
       layer: Its name.
     """
-    drawn = Figure(figsize=(9, 7.4), layout="constrained")
-    above, below = drawn.subplots(2, 2, height_ratios=(1, 2.2))
+    drawn = Figure(figsize=(9, 6.2), layout="constrained")
+    above, below = drawn.subplots(2, 2, height_ratios=(1, 1.1))
     most = max(1, int(np.abs(contribs).max()))
     norm = SymLogNorm(linthresh=1, vmin=-most, vmax=most)
     for ax, image, title in zip(above, images, titles, strict=True):
@@ -78,6 +78,9 @@ def per_attack(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
                 shift, theirs, marker=marker, linestyle="", markersize=7, markerfacecolor="none",
                 markeredgecolor=colour, label=f"{method}, published",
             )  # fmt: skip
+        told = [known.get((f"{name}, {methods[0]} for the true class", metric)) for name in names]
+        shown = [np.nan if row is None or row.ours is None else row.ours for row in told]
+        ax.plot(places, shown, "kx", label=f"{methods[0]}, ours, told the true class")
         ax.set(ylabel=metric, ylim=(-0.04, 1.06))
         ax.grid(axis="y", color="#dddddd")
     panels[1].set_xticks(places, names, rotation=60, ha="right")
