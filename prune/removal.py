@@ -85,9 +85,9 @@ def reduced(graph: Graph, params: Any, masks: Any) -> nns.Masked:
     """
     removal = remove(graph, params, masks)
     scale, shift = {}, {}
-    springs = _springs(graph)
+    restless = springs(graph)
     for name, neuron in graph.neurons().items():
-        if neuron.value in springs:
+        if neuron.value in restless:
             there = removal.alive[neuron.value]
             there = there if neuron.batch is None else there.squeeze(neuron.batch)
             positions = tuple(a for a in range(there.ndim) if a != neuron.channel)
@@ -100,7 +100,11 @@ def reduced(graph: Graph, params: Any, masks: Any) -> nns.Masked:
 def _mask_leaves(graph: Graph, params: Any, masks: Any) -> dict[int, Any]:
     """Value id of each masked parameter to its mask."""
     leaves(graph, params)
-    found = jax.tree.structure(params).flatten_up_to(masks)
+    found: list[Any] = []
+    try:
+        jax.tree.map(lambda _, mask: found.append(mask), params, masks)
+    except ValueError:
+        raise ValueError("masks must have the structure of params, None for no mask") from None
     masked = {}
     for (name, ident), mask in zip(graph.params.items(), found, strict=True):
         if mask is None:
@@ -118,7 +122,7 @@ def _mask_leaves(graph: Graph, params: Any, masks: Any) -> dict[int, Any]:
 
 def _alive(graph: Graph, masks: dict[int, Any]) -> tuple[jax.Array, ...]:
     env: list[Any] = [None] * len(graph.values)
-    known = _known(graph)
+    known = known_values(graph)
     for ident in (*graph.params.values(), graph.input):
         env[ident] = masks.get(ident, jnp.ones(graph.values[ident].shape, bool))
     for ident, value in graph.consts.items():
@@ -170,7 +174,7 @@ def _used(graph: Graph, alive: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     total: list[Any] = [jnp.zeros(value.shape, bool) for value in graph.values]
     for ident in (*graph.outputs, graph.logits):
         total[ident] = jnp.ones(graph.values[ident].shape, bool)
-    known, channels = _known(graph), _channels(graph)
+    known, channels = known_values(graph), _channels(graph)
     for node in reversed(graph.nodes):
         for ident in node.outputs:
             if ident in channels:
@@ -268,7 +272,7 @@ def _channels(graph: Graph) -> dict[int, int]:
     return {n.value: n.axis for n in neurons if n.value != graph.input and len(n.shape)}
 
 
-def _known(graph: Graph) -> dict[int, Any]:
+def known_values(graph: Graph) -> dict[int, Any]:
     """Values that depend neither on the sample nor on a parameter."""
     known = dict(graph.consts)
     with jax.ensure_compile_time_eval():
@@ -290,12 +294,12 @@ def _may_be_zero(graph: Graph) -> set[int]:
     return floats - bad
 
 
-def _springs(graph: Graph) -> set[int]:
+def springs(graph: Graph) -> set[int]:
     """Ids of the neurons that may go, and yet are not 0 where parameters are."""
     last = {*graph.outputs, graph.logits}
     zeroed = _zeroed(graph)
     gone: set[int] = set()
-    found = set()
+    found: set[int] = set()
     for node in graph.nodes:
         if not any(node.data):
             continue
@@ -336,7 +340,7 @@ def _keeps_zero(graph: Graph, node: Node, zeroed: set[int]) -> bool:
         return all(np.all(np.asarray(graph.consts.get(i, 1)) <= 0) for i in beside)
     if node.key in operations.NAMED_CALLS:
         with jax.ensure_compile_time_eval():
-            args = [
+            args: list[Any] = [
                 jnp.zeros(graph.values[i].shape, graph.values[i].dtype)
                 if data else graph.consts.get(i)
                 for i, data in zip(node.inputs, node.data, strict=True)
