@@ -71,7 +71,11 @@ def compact(graph: Graph, params: Any, masks: Any) -> Compact:
     used = [np.asarray(there) for there in removal.used]
     full = [tuple(np.arange(n) for n in value.shape) for value in graph.values]
     left = [_left(there) for there in used]
-    known = {ident: np.asarray(value) for ident, value in known_values(graph).items()}
+    # Random keys are no NumPy arrays.
+    known = {
+        ident: value if jnp.issubdtype(value.dtype, jax.dtypes.extended) else np.asarray(value)
+        for ident, value in ((i, jnp.asarray(v)) for i, v in known_values(graph).items())
+    }
     for ident in (graph.input, graph.logits, *graph.outputs, *known):
         left[ident] = full[ident]
     # A neuron that is gone is left where an array would be empty: it is held at 0.
@@ -158,7 +162,7 @@ def _fitted(value: Any, kept: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
             blank = jnp.zeros((*value.shape[:axis], 1, *value.shape[axis + 1 :]), value.dtype)
             value = jnp.concatenate([value, blank], axis)
         place = np.where(there, place, len(have))
-        first, count = int(place[0]), len(place)
+        first, count = int(place[0]) if len(place) else 0, len(place)
         if np.array_equal(place, np.arange(first, first + count)):
             value = lax.slice_in_dim(value, first, first + count, axis=axis)
         else:

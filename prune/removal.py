@@ -11,6 +11,7 @@ What is not alive counts as 0. What is alive but not used changes nothing. Since
 cycle, one pass forward and one backward reach the fixed point.
 """
 
+import collections
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -126,7 +127,8 @@ def _alive(graph: Graph, masks: dict[int, Any]) -> tuple[jax.Array, ...]:
     for ident in (*graph.params.values(), graph.input):
         env[ident] = masks.get(ident, jnp.ones(graph.values[ident].shape, bool))
     for ident, value in graph.consts.items():
-        env[ident] = jnp.asarray(value) != 0
+        numeric = not jnp.issubdtype(graph.values[ident].dtype, jax.dtypes.extended)
+        env[ident] = jnp.asarray(value) != 0 if numeric else jnp.ones(jnp.shape(value), bool)
     channels = _channels(graph)
     last = {*graph.outputs, graph.logits}
     for node in graph.nodes:
@@ -315,8 +317,12 @@ def springs(graph: Graph) -> set[int]:
 
 
 def _zeroed(graph: Graph) -> set[int]:
-    """Ids of what is made of parameters and is 0 where they are."""
-    found = _may_be_zero(graph)
+    """Ids of what is 0 where the neuron that it is added to is gone.
+
+    It is made of parameters that are used nowhere else, where they may have to stay.
+    """
+    uses = collections.Counter(ident for node in graph.nodes for ident in node.inputs)
+    found = {ident for ident in _may_be_zero(graph) if uses[ident] == 1}
     for node in graph.nodes:
         if any(node.data):
             continue
@@ -324,7 +330,7 @@ def _zeroed(graph: Graph) -> set[int]:
         if (of_one and all(node.inputs[i] in found for i in node.moved)) or (
             node.key == "mul" and any(i in found for i in node.inputs)
         ):
-            found.update(node.outputs)
+            found.update(i for i in node.outputs if uses[i] == 1)
     return found
 
 
