@@ -18,6 +18,7 @@ from experiments import (
     quickstart_agreement,
     quickstart_detection,
     quickstart_pictures,
+    quickstart_pruning,
     quickstart_similarity,
     quickstart_sizes,
 )
@@ -31,6 +32,7 @@ SECTIONS: tuple[Callable[[Case], page.Section], ...] = (
     quickstart_agreement.agreement,
     quickstart_similarity.similarity,
     quickstart_detection.detection,
+    quickstart_pruning.pruning,
 )
 
 _TITLE = "Slicing a network that reads handwritten digits"

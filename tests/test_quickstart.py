@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -20,11 +21,13 @@ from experiments import (
     quickstart_case,
     quickstart_detection,
     quickstart_pictures,
+    quickstart_pruning,
     quickstart_similarity,
 )
 from experiments.quickstart_case import prepare
 from interpret import detect
 from nnslicer_jax import attacks
+from prune import criteria
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"theta": 0.3, "eps": 0.1, "seed": 0}
@@ -177,6 +180,25 @@ def test_the_image_is_right_before_fgsm_and_wrong_after(case):
     assert 0 < np.abs(case.images[1] - case.images[0]).max() <= case.eps + 1e-6
     np.testing.assert_array_equal(case.images[0], case.test_images[case.index])
     assert 0 < case.fooled < (case.test_predicted == case.test_labels).sum()
+
+
+def test_pruned_accuracies_are_those_of_smallest_weights_set_to_0(case, made):
+    def cut(weights):
+        size = np.sort(np.abs(weights), axis=None)
+        if weights.ndim < 2:
+            return weights
+        return np.where(np.abs(weights) >= size[int(0.3 * weights.size)], weights, 0)
+
+    params = jax.tree.map(lambda a: cut(np.asarray(a)), case.params)
+    right = np.asarray(case.trained.model.apply(params, case.test_images)).argmax(1)
+    right = right == case.test_labels
+    chosen = case.test_labels < 4
+    expected = right[chosen].mean(), right[~chosen].mean()
+    scores = criteria.magnitudes(case.graph, case.params)
+    assert quickstart_pruning.accuracy(case, scores, 0.3) == pytest.approx(expected)
+    _, read, _ = made
+    row = next(row for row in read.rows if row[0] == "Weight")
+    assert row[1] == f"{expected[0]:.1%} / {expected[1]:.1%}"
 
 
 def test_agreement_is_that_of_the_library(case):

@@ -1,0 +1,104 @@
+"""Masks: exactly as many entries as asked, the largest, ties by position."""
+
+import functools
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prune import masks
+
+
+def naive(scores: list[np.ndarray], keep: Fraction) -> list[np.ndarray]:
+    """Takes the best entry, the earliest of equal ones, until there are enough."""
+    flat = [float(v) for array in scores for v in array.ravel()]
+    left = list(range(len(flat)))
+    chosen = [False] * len(flat)
+    while sum(chosen) < max(1, math.ceil(keep * len(flat))):
+        best = max(flat[i] for i in left)
+        first = next(i for i in left if flat[i] == best)
+        left.remove(first)
+        chosen[first] = True
+    found, start = [], 0
+    for array in scores:
+        found.append(np.reshape(chosen[start : start + array.size], array.shape))
+        start += array.size
+    return found
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    percent=st.integers(1, 100),
+    seed=st.integers(0, 1000),
+    whole=st.booleans(),
+    scope=st.sampled_from(masks.SCOPES),
+)
+def test_the_largest_are_kept(sizes, percent, seed, whole, scope):
+    rng = np.random.default_rng(seed)
+    draw = (lambda n: rng.integers(-2, 3, n)) if whole else (lambda n: rng.normal(size=n))
+    scores = [draw(n).astype(np.int32 if whole else np.float32) for n in sizes]
+    keep = percent / 100
+    found = masks.topk({"a": None, "b": scores}, keep, scope)
+    assert found["a"] is None
+    groups = [[s] for s in scores] if scope == "layer" else [scores]
+    expected = [m for group in groups for m in naive(group, Fraction(percent, 100))]
+    for one, other in zip(found["b"], expected, strict=True):
+        assert one.dtype == bool
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("keep", "size", "expected"),
+    [(0.1, 30, 3), (0.55, 100, 55), (0.07, 100, 7), (0.29, 100, 29), (0.1, 31, 4), (1e-9, 30, 1),
+     (1, 30, 30), (Fraction(1, 3), 30, 10), (1 - Fraction("0.9"), 30, 3), (np.float64(0.1), 30, 3)],
+)  # fmt: skip
+def test_decimal_shares_are_exact(keep, size, expected):
+    found = masks.topk(jnp.zeros(size), keep)
+    np.testing.assert_array_equal(found, np.arange(size) < expected)
+
+
+def test_it_is_traceable():
+    scores = {"w": jnp.asarray([[3.0, 1.0], [2.0, 3.0]])}
+    topk = jax.jit(masks.topk, static_argnums=(1, 2))
+    np.testing.assert_array_equal(topk(scores, 0.25, "layer")["w"], [[True, False], [False, False]])
+    np.testing.assert_array_equal(topk(scores, 0.75, "global")["w"], [[True, False], [True, True]])
+
+
+def test_masks_are_applied_and_counted():
+    params = {"w": jnp.arange(1.0, 5.0), "b": jnp.ones(2)}
+    kept = {"w": jnp.asarray([True, False, True, False]), "b": None}
+    found = masks.apply_masks(params, kept)
+    np.testing.assert_array_equal(found["w"], [1, 0, 3, 0])
+    np.testing.assert_array_equal(found["b"], [1, 1])
+    assert masks.kept(kept) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (functools.partial(masks.topk, jnp.ones(3), 0),
+         "keep must be above 0 and at most 1, not 0"),
+        (functools.partial(masks.topk, jnp.ones(3), 1.5),
+         "keep must be above 0 and at most 1, not 1.5"),
+        (functools.partial(masks.topk, jnp.ones(3), float("nan")),
+         "keep must be above 0 and at most 1, not nan"),
+        (functools.partial(masks.topk, jnp.ones(3), 0.5, "all"),
+         "scope must be layer or global, not 'all'"),
+        (functools.partial(masks.topk, {"w": None}, 0.5),
+         "scores must hold at least one array, and no empty ones"),
+        (functools.partial(masks.topk, jnp.ones(0), 0.5),
+         "scores must hold at least one array, and no empty ones"),
+        (functools.partial(masks.topk, jnp.asarray([1.0, np.nan]), 0.5),
+         "scores must be numbers; some are NaN"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(call, said):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value) == said
