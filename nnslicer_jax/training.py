@@ -3,6 +3,8 @@
 A run that is killed and started again ends in the weights of one that was not.
 """
 
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -134,9 +136,11 @@ def optimizer(options: TrainingOptions, steps: int) -> optax.GradientTransformat
     )
 
 
+# Runs that differ in weights and masks alone, as those of a study do, share one compiled step.
+@functools.lru_cache(maxsize=4)
 def make_step(
     model: nn.Module, options: TrainingOptions, steps: int
-) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, TrainInfo]]:
+) -> Callable[..., tuple[TrainState, TrainInfo]]:
     """Builds the jitted step.
 
     Args:
@@ -145,13 +149,14 @@ def make_step(
         steps: length of the whole run, which the schedule needs.
 
     Returns:
-        A function of a state, images [B, H, W, C] uint8 and labels [B] int32 to the next state
-        and the step's TrainInfo. The state given is used up.
+        A function of a state, images [B, H, W, C] uint8, labels [B] int32 and optionally
+        ``trainable`` as for ``train``, to the next state and the step's TrainInfo. The state
+        given is used up.
     """
     method = optimizer(options, steps)
 
     def step(
-        state: TrainState, images: jax.Array, labels: jax.Array
+        state: TrainState, images: jax.Array, labels: jax.Array, trainable: Any = None
     ) -> tuple[TrainState, TrainInfo]:
         key = jax.random.fold_in(jax.random.key(options.seed), state.step)
         augment_key, dropout_key = jax.random.split(key)
@@ -176,8 +181,10 @@ def make_step(
         value_and_grad = jax.value_and_grad(loss_function, has_aux=True)
         (loss, (updated, correct)), gradient = value_and_grad(params)
         change, optimizer_state = method.update(gradient, state.optimizer, params)
-        params = optax.apply_updates(params, change)
-        variables = {"params": params, **updated}
+        moved = optax.apply_updates(params, change)
+        if trainable is not None:
+            moved = jax.tree.map(jnp.where, trainable, moved, params)
+        variables = {"params": moved, **updated}
         finite = jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves((loss, variables))])
         return TrainState(state.step + 1, variables, optimizer_state), TrainInfo(
             loss, correct, finite.all()
@@ -202,6 +209,8 @@ def train(
     log_every: int = 50,
     show: bool = False,
     devices: Sequence[jax.Device] | None = None,
+    variables: Any = None,
+    trainable: Any = None,
 ) -> Any:
     """Trains a classifier, going on from the last checkpoint if there is one.
 
@@ -214,12 +223,18 @@ def train(
         log_every: steps between progress lines, and between checks for a loss that is not finite.
         show: write progress lines to standard error.
         devices: share each batch equally; None means all, and on a CPU the first.
+        variables: what to start from, as ``model.apply`` takes them; None draws them by the
+            options' seed.
+        trainable: which weights are trained, bool arrays in the structure and shapes of
+            ``variables["params"]``; the others stay as they are to the bit, weight decay
+            included. Batch statistics follow the data all the same. None trains every weight.
 
     Returns:
         The trained variables, as ``model.apply`` takes them.
 
     Raises:
-        ValueError: no images, options out of range, a checkpoint folder of another run.
+        ValueError: no images, options out of range, variables or trainable of another model, a
+            checkpoint folder of another run.
         FloatingPointError: loss or weights stopped being finite; the message names the step. The
             last checkpoint holds a state from before.
     """
@@ -231,7 +246,17 @@ def train(
     batch_size = min(options.batch_size, count)
     epoch_steps = count // batch_size
     total = options.epochs * epoch_steps
-    variables = initialize(model, options, dataset.train_images.shape[1:])
+    run = {"model": repr(model), "data": dataset.name, "images": count, **asdict(options)}
+    if variables is None:
+        variables = initialize(model, options, dataset.train_images.shape[1:])
+    else:
+        _check_variables(model, variables, dataset.train_images.shape[1:])
+        run["variables"] = _digest(variables)
+        # The step uses up what it is given.
+        variables = jax.tree.map(jnp.array, dict(variables))
+    if trainable is not None:
+        _check_trainable(trainable, variables["params"])
+        run["trainable"] = _digest(trainable)
     state = TrainState(
         jnp.zeros((), jnp.int32),
         variables,
@@ -239,10 +264,7 @@ def train(
     )
     done = 0
     if checkpoint_dir is not None:
-        checkpoint.claim(
-            checkpoint_dir,
-            {"model": repr(model), "data": dataset.name, "images": count, **asdict(options)},
-        )
+        checkpoint.claim(checkpoint_dir, run)
         restored = checkpoint.restore_latest(checkpoint_dir, state)
         if restored is not None:
             done, state = restored
@@ -254,7 +276,8 @@ def train(
     devices = devices[: math.gcd(batch_size, len(devices))]
     mesh = jax.sharding.Mesh(devices, ("batch",))
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
-    state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state, trainable = jax.device_put((state, trainable), whole)
     step = make_step(model, options, total)
     pending: list[TrainInfo] = []
     progress = Progress("trained", total, "steps", done) if show else None
@@ -265,7 +288,7 @@ def train(
             order_epoch, order = epoch, batch_order(options.seed, epoch, count)
         rows = order[position * batch_size : (position + 1) * batch_size]
         batch = (dataset.train_images[rows], dataset.train_labels[rows])
-        state, info = step(state, *jax.device_put(batch, sharded))
+        state, info = step(state, *jax.device_put(batch, sharded), trainable)
         pending.append(info)
         done += 1
         saves = checkpoint_dir is not None and (done % checkpoint_every == 0 or done == total)
@@ -291,6 +314,37 @@ def train(
             if saves and checkpoint_dir is not None:
                 checkpoint.save(checkpoint_dir, done, state)
     return state.variables
+
+
+def _check_variables(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> None:
+    example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    wanted = dict(jax.eval_shape(model.init, jax.random.key(0), example))
+    _check_shapes("variables", variables, wanted, f"what {type(model).__name__} takes")
+
+
+def _check_trainable(trainable: Any, params: Any) -> None:
+    _check_shapes("trainable", trainable, params, "the parameters")
+    kinds = {str(jnp.asarray(leaf).dtype) for leaf in jax.tree.leaves(trainable)} - {"bool"}
+    if kinds:
+        raise ValueError(f"trainable: expected bool arrays, got {sorted(kinds)[0]}")
+
+
+def _check_shapes(name: str, given: Any, wanted: Any, of: str) -> None:
+    found = {p: jnp.shape(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(given)}
+    due = {p: jnp.shape(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
+    for path in {**due, **found}:
+        if found.get(path) != due.get(path):
+            raise ValueError(
+                f"{name}: expected the shapes of {of}, got {found.get(path, 'nothing')} instead "
+                f"of {due.get(path, 'nothing')} at {jax.tree_util.keystr(path)}"
+            )
+
+
+def _digest(tree: Any) -> str:
+    mark = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        mark.update(np.ascontiguousarray(leaf).tobytes())
+    return mark.hexdigest()
 
 
 def count_correct(

@@ -149,6 +149,94 @@ def test_the_batch_is_shared_among_devices():
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+# ---------------------------------------------------------------- from given weights, of some
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def some_trainable(params):
+    rng = np.random.default_rng(5)
+    return jax.tree.map(lambda p: rng.random(p.shape) < 0.5, params)
+
+
+def test_training_goes_on_from_given_variables():
+    first = training.initialize(Tiny(), OPTIONS, (4, 4, 1))
+    before = bits(first)
+    assert_same(training.train(Tiny(), tiny_data(), OPTIONS, variables=first), uninterrupted())
+    # They are not used up.
+    assert bits(first) == before
+    again = training.train(Tiny(), tiny_data(), OPTIONS, variables=uninterrupted())
+    assert bits(again) != bits(uninterrupted())
+
+
+def test_what_is_not_trainable_stays_to_the_bit():
+    start = training.initialize(Tiny(), OPTIONS, (4, 4, 1))
+    # A zero's sign is a bit too.
+    start["params"]["Dense_0"]["bias"] = -start["params"]["Dense_0"]["bias"]
+    trainable = some_trainable(start["params"])
+    found = training.train(Tiny(), tiny_data(), OPTIONS, variables=start, trainable=trainable)
+    for name, mask, old, new in zip(
+        *zip(*jax.tree_util.tree_leaves_with_path(trainable), strict=True),
+        jax.tree.leaves(start["params"]),
+        jax.tree.leaves(found["params"]),
+        strict=True,
+    ):
+        old, new = np.asarray(old), np.asarray(new)
+        assert new[~mask].tobytes() == old[~mask].tobytes(), name
+        assert (new[mask] != old[mask]).mean() > 0.5, name
+    assert bits(found["batch_stats"]) != bits(start["batch_stats"])
+
+
+def test_the_first_step_moves_the_trainable_as_if_all_were():
+    options = dataclasses.replace(OPTIONS, epochs=1, batch_size=50)
+    start = training.initialize(Tiny(), options, (4, 4, 1))
+    trainable = some_trainable(start["params"])
+    run = functools.partial(training.train, Tiny(), tiny_data(), options, variables=start)
+    every, some = run(), run(trainable=trainable)
+    expected = jax.tree.map(np.where, trainable, every["params"], start["params"])
+    for ours, theirs in zip(
+        jax.tree.leaves(some["params"]), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_killed_run_of_some_weights_goes_on(tmp_path):
+    start = training.initialize(Tiny(), OPTIONS, (4, 4, 1))
+    trainable = some_trainable(start["params"])
+    run = functools.partial(
+        training.train, Tiny(), options=OPTIONS, variables=start, checkpoint_every=2
+    )
+    whole = run(tiny_data(), trainable=trainable)
+    with pytest.raises(Killed):
+        run(dies_at(tiny_data(), 7), trainable=trainable, checkpoint_dir=tmp_path)
+    assert_same(run(tiny_data(), trainable=trainable, checkpoint_dir=tmp_path), whole)
+    with pytest.raises(ValueError, match="another run, trainable was"):
+        run(tiny_data(), checkpoint_dir=tmp_path)
+    other = jax.tree.map(lambda leaf: leaf + 1, start)
+    with pytest.raises(ValueError, match="another run, variables was"):
+        training.train(
+            Tiny(), tiny_data(), OPTIONS, variables=other, trainable=trainable,
+            checkpoint_dir=tmp_path,
+        )  # fmt: skip
+
+
+def test_variables_and_masks_of_another_model():
+    start = training.initialize(Tiny(), OPTIONS, (4, 4, 1))
+    run = functools.partial(training.train, Tiny(), tiny_data(), OPTIONS)
+    with pytest.raises(ValueError, match="variables: expected the shapes of what Tiny takes, got"):
+        run(variables=training.initialize(Linear(), OPTIONS, (4, 4, 1)))
+    with pytest.raises(ValueError, match=r"trainable: .* \(3,\) instead of \(8, 3\)"):
+        params = some_trainable(start["params"])
+        params["Dense_1"]["kernel"] = np.ones(3, bool)
+        run(variables=start, trainable=params)
+    with pytest.raises(ValueError, match="trainable: expected bool arrays, got float32"):
+        run(trainable=start["params"])
+    with pytest.raises(ValueError, match="trainable: .* nothing instead of"):
+        run(trainable={})
+
+
 def test_correct_answers_are_counted_whatever_the_batch():
     model, dataset = Tiny(), tiny_data()
     variables = training.initialize(model, OPTIONS, (4, 4, 1))
