@@ -325,37 +325,31 @@ def options(case: Case, epochs: int, rate: float) -> training.TrainingOptions:
 
 
 def attack(
-    case: Case, schedule: Schedule, dataset: data.Dataset, method: str, targets: Sequence[int],
-    trains: str, rate: float, folder: Path | None = None,
-) -> Outcome:  # fmt: skip
-    """Hides synapses, lets the attacker train on a data set, and counts right answers in its test.
+    case: Case, chosen: Any, dataset: data.Dataset, how: training.TrainingOptions | None, *,
+    trains: str = "all", scratch: bool = False, checkpoint_dir: Path | None = None,
+) -> tuple[int, ...]:  # fmt: skip
+    """Hides synapses, lets the attacker train, and counts right answers.
 
     Args:
       case: The network.
-      schedule: Number of epochs, and what slices are made of.
-      dataset: The attacker's images and those it is judged by; no training images: no attack.
-      method: One of `METHODS`, or `SCRATCH`.
-      targets: Target classes, none for methods not in `TARGETED`.
+      chosen: Masks of the hidden synapses, from `crucial`.
+      dataset: The attacker's images and, as test images, those it is judged by.
+      how: How the attacker trains, from `options`; None: not at all.
       trains: A key of `ATTACKERS`.
-      rate: The attacker's learning rate.
-      folder: Keeps slices and the attack's checkpoints.
+      scratch: Give the attacker nothing of the network.
+      checkpoint_dir: Keeps the attack's progress.
+
+    Returns:
+      Right answers by class.
     """
-    chosen = crucial(case, schedule, "Random" if method == SCRATCH else method, targets, folder)
-    if method == SCRATCH:
-        variables = case.initial
-    else:
-        variables = protect.hide(case.trained.variables, case.initial, chosen)
-    budget = len(dataset.train_labels)
-    if budget:
-        where = None if folder is None else folder / "training"
+    known = case.initial if scratch else case.trained.variables
+    variables = protect.hide(known, case.initial, chosen)
+    if how is not None:
         variables = protect.retrain(
-            case.trained.model, variables, chosen, dataset, options(case, schedule.epochs, rate),
-            trains=trains, checkpoint_dir=where,
+            case.trained.model, variables, chosen, dataset, how, trains=trains,
+            checkpoint_dir=checkpoint_dir,
         )  # fmt: skip
-        if where is not None:
-            shutil.rmtree(where)
-    correct = right_answers(case.graph, variables, dataset)
-    return Outcome(method, tuple(targets), trains, budget, rate, correct)
+    return right_answers(case.graph, variables, dataset)
 
 
 def right_answers(graph: nns.Graph, variables: Any, dataset: data.Dataset) -> tuple[int, ...]:
@@ -502,15 +496,27 @@ class Study:
             before = self._done - self.schedule.epochs * budget
             self._line = Progress("attacked with", self.schedule.epochs * total, "images", before)
         start = time.monotonic()
-        found = attack(
-            self.case, self.schedule, dataset, method, targets, trains, rate, self.folder
+        case, where = self.case, self.folder / "training" / path.stem
+        scratch = method == SCRATCH
+        source = "Random" if scratch else method
+        correct = attack(
+            case,
+            crucial(case, self.schedule, source, targets, self.folder),
+            dataset,
+            options(case, self.schedule.epochs, rate) if budget else None,
+            trains=trains,
+            scratch=scratch,
+            checkpoint_dir=where,
         )
+        found = Outcome(method, targets, trains, budget, rate, correct)
         with replacing(path) as partial:
             partial.write_text(json.dumps(found._asdict()) + "\n")
+        # Only now: a run that is killed in between is not begun again.
+        shutil.rmtree(where, ignore_errors=True)
         share = sum(found.correct) / len(dataset.test_labels)
         self._line.at(
             self._done,
-            f"{name[:-5]}: {share:.2%} on all classes, {time.monotonic() - start:.0f} s",
+            f"{path.stem}: {share:.2%} on all classes, {time.monotonic() - start:.0f} s",
         )
         return found
 
