@@ -327,29 +327,29 @@ def options(case: Case, epochs: int, rate: float) -> training.TrainingOptions:
 def attack(
     case: Case, chosen: Any, dataset: data.Dataset, how: training.TrainingOptions | None, *,
     trains: str = "all", scratch: bool = False, checkpoint_dir: Path | None = None,
-) -> tuple[int, ...]:  # fmt: skip
-    """Hides synapses, lets the attacker train, and counts right answers.
+) -> Any:  # fmt: skip
+    """Hides synapses and lets the attacker train.
 
     Args:
       case: The network.
       chosen: Masks of the hidden synapses, from `crucial`.
-      dataset: The attacker's images and, as test images, those it is judged by.
+      dataset: Its training images are the attacker's.
       how: How the attacker trains, from `options`; None: not at all.
       trains: A key of `ATTACKERS`.
       scratch: Give the attacker nothing of the network.
       checkpoint_dir: Keeps the attack's progress.
 
     Returns:
-      Right answers by class.
+      The attacker's variables.
     """
     known = case.initial if scratch else case.trained.variables
     variables = protect.hide(known, case.initial, chosen)
-    if how is not None:
-        variables = protect.retrain(
-            case.trained.model, variables, chosen, dataset, how, trains=trains,
-            checkpoint_dir=checkpoint_dir,
-        )  # fmt: skip
-    return right_answers(case.graph, variables, dataset)
+    if how is None:
+        return variables
+    return protect.retrain(
+        case.trained.model, variables, chosen, dataset, how, trains=trains,
+        checkpoint_dir=checkpoint_dir,
+    )  # fmt: skip
 
 
 def right_answers(graph: nns.Graph, variables: Any, dataset: data.Dataset) -> tuple[int, ...]:
@@ -499,7 +499,7 @@ class Study:
         case, where = self.case, self.folder / "training" / path.stem
         scratch = method == SCRATCH
         source = "Random" if scratch else method
-        correct = attack(
+        variables = attack(
             case,
             crucial(case, self.schedule, source, targets, self.folder),
             dataset,
@@ -508,6 +508,7 @@ class Study:
             scratch=scratch,
             checkpoint_dir=where,
         )
+        correct = right_answers(case.graph, variables, dataset)
         found = Outcome(method, targets, trains, budget, rate, correct)
         with replacing(path) as partial:
             partial.write_text(json.dumps(found._asdict()) + "\n")

@@ -19,6 +19,7 @@ from experiments import (
     quickstart_detection,
     quickstart_pictures,
     quickstart_pruning,
+    quickstart_protection,
     quickstart_similarity,
     quickstart_sizes,
 )
@@ -33,6 +34,7 @@ SECTIONS: tuple[Callable[[Case], page.Section], ...] = (
     quickstart_similarity.similarity,
     quickstart_detection.detection,
     quickstart_pruning.pruning,
+    quickstart_protection.protection,
 )
 
 _TITLE = "Slicing a network that reads handwritten digits"
