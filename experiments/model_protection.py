@@ -746,7 +746,7 @@ def main(argv: Sequence[str]) -> None:
         schedule = dataclasses.replace(schedule, blocks=fewer)
     folder = Path(given.folder or f"out/model_protection/{given.model}")
     try:
-        targets = None if given.targets is None else [int(target) for target in given.targets]
+        targets = None if given.targets is None else _classes(given.targets)
         case = prepare(given.model, given.data_dir, seed=given.seed, share=given.share)
         study = Study(case, schedule, folder, targets)
         # Of the code that ran, should it change on the way.
@@ -764,6 +764,13 @@ def main(argv: Sequence[str]) -> None:
         made = tuple(record.Row(study="model_protection", **row, **about) for row in fields)
         record.write(given.out, record.Record(title=TITLE, text=TEXT, rows=made))
         print(f"wrote {Path(given.out).name}; python -m experiments.report renders it")
+
+
+def _classes(words: Sequence[str]) -> list[int]:
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise ValueError(f"targets must be class numbers, not {', '.join(words)}") from None
 
 
 def _data(case: Case) -> str:

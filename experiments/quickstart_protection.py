@@ -127,7 +127,7 @@ def _figure(found: dict[str, Protection]) -> str:
     page.grouped_bars(ax, values, ["target digits", "all digits"])
     ax.set_xticklabels(found)
     ax.set(ylabel="attacker's accuracy, %", ylim=(0, 102))
-    ax.legend(loc="upper left", ncols=2, frameon=False)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
     return page.figure(
         drawn,
         "Bars of the attacker's accuracy on the target digits and on all, by method of hiding.",
