@@ -18,8 +18,8 @@ from experiments import (
     quickstart_agreement,
     quickstart_detection,
     quickstart_pictures,
-    quickstart_pruning,
     quickstart_protection,
+    quickstart_pruning,
     quickstart_similarity,
     quickstart_sizes,
 )
