@@ -137,6 +137,7 @@ def test_every_section_is_there_and_says_where_it_comes_from(made):
         "What a slice still does on its own",
         "How alike the slices of the classes are",
         "Adversarial images told by their slices",
+        "Pruning for chosen classes",
         "What hiding the most valuable synapses protects",
         "How this page was made",
     ]
