@@ -101,6 +101,8 @@ SCHEDULES = {
 }
 
 METHODS = ("NNSlicer", "EffectivePath", "FeatureMap")
+# Slices made for all outputs at once, which name no class; the paper has none.
+CLASSLESS = "NNSlicer of all outputs"
 # Those whose features are made for a class.
 _WITH_CRITERION = METHODS[:2]
 # Precision of each method; recall is 1.00 but for FeatureMap, where it stands beside.
@@ -283,6 +285,11 @@ class Study:
         graph, params, profile = setup.graph, setup.params, setup.profile
         self.extract: Mapping[str, features.Extract] = {
             "NNSlicer": features.slices(graph, params, profile, theta=THETA, batch_size=_BATCH),
+            CLASSLESS: functools.partial(
+                _for_all_outputs,
+                features.slices(graph, params, profile, theta=THETA, batch_size=_BATCH),
+                setup.probabilities.shape[1],
+            ),
             "EffectivePath": features.paths(graph, params, batch_size=_BATCH),
             "FeatureMap": features.maps(
                 graph, params, features.convolutions(graph), batch_size=_BATCH
@@ -333,7 +340,7 @@ class Study:
         self, method: str, name: str, images: np.ndarray, outputs: np.ndarray
     ) -> features.Features:
         """Features of a set of images for the classes given."""
-        folder = self.folder / "features" / method.lower() / _slug(name)
+        folder = self.folder / "features" / _slug(method) / _slug(name)
         stage = f"{method} of {name}"
         with nullcontext() if _whole(folder) else self.timed(stage):
             return features.write(
@@ -347,7 +354,7 @@ class Study:
     def columns(self, method: str, layers: str) -> np.ndarray:
         """The columns of some layers that a classifier is given."""
         train = self.train(method)
-        path = self.folder / "features" / method.lower() / "dependence.npy"
+        path = self.folder / "features" / _slug(method) / "dependence.npy"
         if not path.exists():
             with self.timed(f"{method}: selection"):
                 statistic = detect.dependence(
@@ -357,6 +364,13 @@ class Study:
         among = allowed(self.setup.graph, train.spans, layers)
         statistic = np.load(path, allow_pickle=False)
         return detect.most_dependent(statistic, self.schedule.columns, among)
+
+
+def _for_all_outputs(
+    extract: features.Extract, classes: int, images: np.ndarray, outputs: np.ndarray
+) -> features.Table:
+    """Extracts what is made for every class at once; the given ones are not looked at."""
+    return extract(images, np.tile(np.arange(classes), (len(images), 1)))
 
 
 def _fingerprint(params: Any) -> str:
@@ -400,7 +414,7 @@ class Detector(NamedTuple):
     """What flags an image: a classifier of some features.
 
     Attributes:
-      method: One of `METHODS`.
+      method: One of `METHODS`, or `CLASSLESS`.
       layers: Whose features: `ALL`, `NOT_LAST` or `FIRST_HALF`.
       classifier: One of `detect.CLASSIFIERS`.
     """
@@ -414,11 +428,15 @@ class Detector(NamedTuple):
 
 
 # Feature maps are those of the convolutions, which the last layer is not.
-DETECTORS = tuple(
-    Detector(method, *variant)
-    for method in METHODS
-    for variant in VARIANTS
-    if (method, variant[0]) != ("FeatureMap", NOT_LAST)
+DETECTORS = (
+    *(
+        Detector(method, *variant)
+        for method in METHODS
+        for variant in VARIANTS
+        if (method, variant[0]) != ("FeatureMap", NOT_LAST)
+    ),
+    Detector(CLASSLESS, *PAPER),
+    Detector(CLASSLESS, ALL, "forest"),
 )
 
 
@@ -532,7 +550,7 @@ def attack_rows(study: Study) -> list[Fields]:
                 spread = detect.intervals(normal, adversarial, seed=study.seed)
                 rows += _measured(
                     f"{name}, {detector.method}", found[name], spread, len(adversarial.flags),
-                    PUBLISHED[name][detector.method],
+                    PUBLISHED[name].get(detector.method, ()),
                 )  # fmt: skip
         averages += _averages(detector, found)
     return [*averages, *rows]
@@ -543,7 +561,8 @@ def _measured(
     published: Sequence[float],
 ) -> list[Fields]:  # fmt: skip
     rows = []
-    known = dict(zip(("precision", "recall"), published, strict=True))
+    # Empty for a method that the paper does not have.
+    known = dict(zip(("precision", "recall"), published, strict=False))
     for metric, ours, interval in zip(found._fields, found, spread, strict=True):
         fields = {"row": row, "metric": metric, "ours": ours, "n": count, "spread": interval}
         if metric in known:
@@ -556,7 +575,7 @@ def _measured(
 
 def _averages(detector: Detector, found: Mapping[str, detect.Measures]) -> list[Fields]:
     paper = (detector.layers, detector.classifier) == PAPER
-    known = PUBLISHED_AVERAGES[detector.method] if paper else ()
+    known = PUBLISHED_AVERAGES.get(detector.method, ()) if paper else ()
     rows = []
     for at, metric in enumerate(detect.Measures._fields):
         values = [measures[at] for measures in found.values() if measures[at] is not None]
