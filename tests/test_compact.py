@@ -99,7 +99,8 @@ def test_any_network_keeps_its_outputs(name):
 def perceptron(activation=nn.relu):
     def body(x):
         x = activation(nn.Dense(6)(x))
-        return nn.Dense(3)(activation(nn.Dense(5)(x)))
+        x = activation(nn.Dense(5)(x))
+        return nn.Dense(3)(x)
 
     module = nets.Net(body)
     images = jax.random.normal(jax.random.key(1), (4, 4))
