@@ -1,7 +1,13 @@
 """Settings every test runs under: the CPU unless asked otherwise, and no silent rank promotion."""
 
+from pathlib import Path
+
 import jax
 import pytest
+
+# Linux lets a process map 65,530 regions, of which every compiled program takes some; beyond it,
+# compiling ends the process.
+_MOST_REGIONS = 30_000
 
 
 def pytest_addoption(parser):
@@ -28,3 +34,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_compiled_programs():
+    yield
+    regions = Path("/proc/self/maps")
+    if regions.exists() and len(regions.read_bytes().splitlines()) > _MOST_REGIONS:
+        jax.clear_caches()

@@ -67,7 +67,7 @@ def test_memory_is_what_the_compiled_walk_takes(name, shape):
     size = 8
     images = jax.ShapeDtypeStruct((size, *shape), np.float32)
     params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)
-    job = _job(graph, params, images, contribution.RULES, "signed", 0.2, False, size, "host")
+    job = _job(graph, params, images, contribution.RULES, "signed", 0.2, False, size, None, "host")
     means = {
         neuron.value: np.zeros(graph.values[neuron.value].shape, np.float32)
         for neuron in graph.neurons().values()
