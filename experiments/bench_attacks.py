@@ -114,7 +114,11 @@ class Case(NamedTuple):
 
 
 def prepare(name: str, count: int, data_dir: str | None) -> Case:
-    """Loads a network of the zoo and the first `count` test images that it gets right."""
+    """Loads a network of the zoo and the first `count` test images that it gets right.
+
+    Raises:
+      ValueError: If it gets fewer than that right among the first four times as many.
+    """
     trained = nns.zoo.load(name)
     dataset = trained.card["data"]
     found = data.load(dataset, data_dir)
@@ -122,6 +126,11 @@ def prepare(name: str, count: int, data_dir: str | None) -> Case:
     labels = np.asarray(found.test_labels[: 4 * count]).astype(np.int32)
     logits = jax.jit(trained.model.apply)(trained.variables, images)
     right = np.asarray(logits).argmax(1) == labels
+    if right.sum() < count:
+        raise ValueError(
+            f"images is {count}, but {name} gets only {right.sum()} of the first {len(labels)} "
+            f"test images of {dataset} right"
+        )
     images, labels = images[right][:count], labels[right][:count]
     note = f" ({found.note})" if found.note else ""
     about = f"{dataset}, first {len(images)} test images that the network gets right{note}"
