@@ -52,6 +52,15 @@ def batches(graph: Graph, images: Any, batch_size: int, skip: int = 0) -> Iterat
         raise ValueError("images is empty; it must hold at least one image")
 
 
+def filled(count: int, size: int) -> Iterator[np.ndarray]:
+    """Indices of `count` images in batches of one size; the last is filled up with the last image.
+
+    One compiled program serves them all; what is beyond `count` is to be cut off.
+    """
+    for at in range(0, count, size):
+        yield np.minimum(np.arange(at, at + size), count - 1)
+
+
 def _parts(images: Any) -> Iterable[Any]:
     if hasattr(images, "shape"):
         return [images]

@@ -14,7 +14,8 @@ import scipy.ndimage
 import nnslicer_jax as nns
 from nnslicer_jax import attacks, data
 from nnslicer_jax.attacks import warping
-from nnslicer_jax.attacks.adversarial import Search, linf, run
+from nnslicer_jax.attacks.adversarial import Case, Search, linf, run
+from nnslicer_jax.attacks.local_search import _SEARCH as LOCAL_SEARCH
 
 # Enough on small networks.
 FEWER = {
@@ -36,6 +37,13 @@ class Countdown(NamedTuple):
     image: jax.Array
     going: jax.Array
     step: jax.Array
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, weights, images):
+        return linear(weights, images)
 
 
 def linear(weights, images):
@@ -181,15 +189,21 @@ BAD = [
     ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
     ({"bounds": (1, 0)}, "bounds must be (low, high) with low < high, not (1, 0)"),
     ({"bounds": (0, np.inf)}, "bounds must be (low, high) with low < high, not (0, inf)"),
+    ({"bounds": (1,)}, "bounds must be (low, high), two numbers, not (1,)"),
+    ({"bounds": 1}, "bounds must be (low, high), two numbers, not 1"),
+    ({"bounds": ("0", 1)}, "bounds must be (low, high) with low < high, not ('0', 1)"),
+    ({"images": np.zeros((2, 5, 6, 1), np.float32)}, "apply must take images (2, 5, 6, 1) float32"),
+    ({"apply": Unhashable()}, "apply must be hashable, as compiled programs are kept by it"),
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("changed", "said"), BAD)
 def test_bad_arguments_are_one_line(name, changed, said):
-    given = {"images": np.zeros((2, 6, 6, 1), np.float32), "labels": np.array([0, 1])} | changed
+    given = {"images": np.zeros((2, 6, 6, 1), np.float32), "labels": np.array([0, 1])}
+    given |= {"apply": linear} | changed
     with pytest.raises(ValueError) as caught:
-        attacks.ATTACKS[name](KEY, linear, np.ones((36, 3), np.float32), **given)
+        attacks.ATTACKS[name](KEY, params=np.ones((36, 3), np.float32), **given)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -213,6 +227,23 @@ def test_bad_arguments_are_one_line(name, changed, said):
         ("GaussianBlur", {"max_sigma": 7}, "max_sigma must be at most 6, the images' side, not 7"),
         ("GaussianBlur", {"images": np.zeros((2, 36), np.float32)}, "[N, H, W, C], not (2, 36)"),
         ("ADef", {"smooth": 0}, "smooth must be above 0 and at most 6, not 0"),
+        ("ADef", {"smooth": "1"}, "smooth must be a finite number, not '1'"),
+        ("RPGD 8", {"eps": "8"}, "eps must be in 0..1, the width of bounds, not '8'"),
+        ("RPGD 8", {"eps": None}, "eps must be in 0..1, the width of bounds, not None"),
+        ("FGSM 8", {"eps": [0.1, 0.2]}, "eps must be in 0..1, the width of bounds, not [0.1, 0.2]"),
+        ("RPGD 8", {"relative_step": np.inf}, "relative_step must be a finite number, not inf"),
+        ("LocalSearch", {"probe": np.nan}, "probe must be a finite number, not nan"),
+        ("LocalSearch", {"factor": None}, "factor must be a finite number, not None"),
+        ("JSMA", {"theta": "1"}, "theta must be a finite number, not '1'"),
+        ("DeepFool L2", {"overshoot": None}, "overshoot must be a finite number, not None"),
+        ("DeepFool L2", {"norm": ["l2"]}, "norm must be 'l2' or 'linf', not ['l2']"),
+        ("CW L2", {"confidence": np.inf}, "confidence must be a finite number, not inf"),
+        ("Boundary", {"adaptation": np.nan}, "adaptation must be a finite number, not nan"),
+        ("Boundary", {"converged": "0"}, "converged must be a finite number, not '0'"),
+        ("Spatial", {"max_rotation": np.inf}, "max_rotation must be a finite number, not inf"),
+        ("GaussianBlur", {"max_sigma": "3"}, "max_sigma must be a finite number, not '3'"),
+        ("GaussianBlur", {"images": [[1.0], [1.0, 2.0]]}, "[N, H, W, C], all of one shape"),
+        ("FGSM 8", {"images": [[1.0], [1.0, 2.0]]}, "images must be [N, ...], all of one shape"),
     ],
 )
 def test_bad_options_are_one_line(name, options, said):
@@ -222,6 +253,13 @@ def test_bad_options_are_one_line(name, options, said):
             apply=linear, params=np.ones((36, 3), np.float32), labels=np.array([0, 1]), **given
         )
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ADef", "GaussianBlur"])
+def test_images_may_be_lists(name):
+    weights, images, labels = linear_case()
+    result = attack(name, KEY, linear, weights, images.tolist(), labels.tolist())
+    np.testing.assert_array_equal(result.images, found(name).images)
 
 
 def test_probabilities_are_warned_of_and_nan_is_an_error():
@@ -338,18 +376,98 @@ def test_jsma_changes_the_most_salient_value_of_a_linear_network():
     assert 0 < changed[3:].sum((1, 2, 3)).min() and changed.sum((1, 2, 3)).max() <= 36
 
 
-def test_local_search_changes_values_by_the_cyclic_rule():
-    weights, images, labels = linear_case()
-    result = attacks.local_search(KEY, linear, weights, images, labels, rounds=6)
-    changed = result.images != images
-    assert changed.any()
-    value, orbit = images - 0.5, []
-    for _ in range(6):
-        value = 1.5 * value
-        value = np.where(np.abs(value) > 0.5, value - np.sign(value), value)
-        orbit.append(np.abs(value + 0.5 - result.images) < 1e-5)
-    assert np.any(orbit, axis=0)[changed].all()
-    assert changed.sum((1, 2, 3)).max() <= 30
+def local_search_rounds(key, weights, image, label, rounds, changed, reach):
+    """Narodytska and Kasiviswanathan's rounds, pixel by pixel; yields each round's image."""
+    height, width, _ = image.shape
+    now, later = jax.random.split(key)
+    pixels = height * width
+    places = np.asarray(jax.random.permutation(now, pixels))[: pixels // 10]
+    for _ in range(rounds):
+        cost = {}
+        for place in places:
+            row, column = divmod(int(place), width)
+            probed = image.copy()
+            probed[row, column] = 0.5 + 10 * np.sign(image[row, column] - 0.5)
+            logits = probed.reshape(-1) @ weights
+            odds = np.exp(logits - logits[label])
+            cost[row, column] = -np.log(odds.sum())
+        image, worst = image.copy(), sorted(cost, key=cost.__getitem__)[:changed]
+        for row, column in worst:
+            for channel in range(image.shape[2]):
+                value = 1.5 * (image[row, column, channel] - 0.5)
+                if value > 0.5:
+                    value -= 1
+                if value < -0.5:
+                    value += 1
+                image[row, column, channel] = value + 0.5
+        yield image
+        draw, later = jax.random.split(later)
+        order = np.asarray(jax.random.uniform(draw, (pixels,)))
+        near = [
+            place
+            for place in range(pixels)
+            if any(
+                max(abs(place // width - row), abs(place % width - column)) <= reach
+                for row, column in worst
+            )
+        ]
+        places = sorted(near, key=lambda place: -order[place])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_local_search_is_its_rounds_pixel_by_pixel(channels):
+    # Sixteenths stay exact, and no value is the middle, whose sign is 0.
+    rng = np.random.default_rng(0)
+    images = (rng.integers(0, 8, (12, 5, 6, channels)) / 8 + 1 / 16).astype(np.float32)
+    weights = (rng.integers(-64, 65, (30 * channels, 3)) / 256).astype(np.float32)
+    labels = linear(weights, images).argmax(1)
+    options = {"reach": 1, "changed": 9}
+    for rounds in (1, 2, 3):
+        result = attacks.local_search(
+            KEY, linear, weights, images, labels, rounds=rounds, **options
+        )
+        for index in range(12):
+            key = jax.random.fold_in(KEY, index)
+            expected = images[index]
+            made = local_search_rounds(
+                key, weights, images[index], labels[index], rounds, **options
+            )
+            for image in made:
+                if (image.reshape(-1) @ weights).argmax() != labels[index]:
+                    expected = image
+                    break
+            np.testing.assert_array_equal(result.images[index], expected)
+    assert result.success.any()
+
+
+def test_local_search_changes_the_pixels_of_a_round_that_fools_nobody():
+    # A network that no pixel fools: the state, as the result is the original.
+    rng = np.random.default_rng(1)
+    image = (rng.integers(0, 8, (5, 6, 1)) / 8 + 1 / 16).astype(np.float32)
+    weights = rng.integers(-4, 5, (30, 3)).astype(np.float32)
+    weights[:, 0] = 0
+
+    def logits(pixels):
+        return pixels.reshape(-1) @ weights + jnp.array([1000.0, 0, 0])
+
+    case = Case(logits, jnp.asarray(image), jnp.int32(0), jnp.float32(0), jnp.float32(1))
+    options = {"factor": 1.5, "probe": 10.0, "reach": 1, "changed": 2, "rounds": 9}
+    state = LOCAL_SEARCH.start(KEY, case, **options)
+    assert int(state.probes) == 3
+    for step in range(3):
+        state = LOCAL_SEARCH.step(case, state, **options)
+        np.testing.assert_array_equal(state.image, image)
+        assert int(state.probed) == step + 1 and bool(state.going)
+    state = LOCAL_SEARCH.step(case, state, **options)
+    (changed,) = np.nonzero((np.asarray(state.image) != image).reshape(-1))
+    assert len(changed) == 2 and int(state.round) == 1
+    near = {
+        row * 6 + column
+        for place in changed
+        for row in range(max(place // 6 - 1, 0), min(place // 6 + 2, 5))
+        for column in range(max(place % 6 - 1, 0), min(place % 6 + 2, 6))
+    }
+    assert set(np.asarray(state.places)[: int(state.probes)].tolist()) == near
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 2.3, 9.0])
@@ -429,6 +547,45 @@ def test_adef_deforms_and_does_not_paint(digits):
     assert (moved.min((1, 2, 3)) >= images.min((1, 2, 3)) - 1e-6).all()
     # Small shifts: far less than to move the digits away.
     assert result.distance.max() < 0.8 * np.sqrt(np.square(images).sum((1, 2, 3))).min()
+
+
+def test_adef_is_its_step_with_scipys_filters():
+    rng = np.random.default_rng(2)
+    images = rng.uniform(size=(8, 6, 7, 2)).astype(np.float32)
+    weights = rng.normal(size=(84, 4)).astype(np.float32)
+    labels = linear(weights, images).argmax(1)
+    result = attacks.adef(None, linear, weights, images, labels, steps=1, smooth=0.8)
+    rows, columns = np.meshgrid(np.arange(6.0), np.arange(7.0), indexing="ij")
+
+    def blurred(fields):
+        return np.stack([scipy.ndimage.gaussian_filter(field, 0.8) for field in fields])
+
+    def deformed(image, field):
+        places = np.clip(rows + field[0], 0, 5), np.clip(columns + field[1], 0, 6)
+        channels = np.moveaxis(image, -1, 0)
+        return np.stack([scipy.ndimage.map_coordinates(c, places, order=1) for c in channels], -1)
+
+    farther = 0
+    for image, label, moved, success in zip(
+        images.astype(np.float64), labels, result.images, result.success, strict=True
+    ):
+        scores = image.reshape(-1) @ weights
+        slope = np.stack(np.gradient(image, axis=(0, 1)))
+        fields = []
+        for other in set(range(4)) - {label}:
+            gradient = (weights[:, other] - weights[:, label]).reshape(image.shape)
+            reaction = blurred((gradient * slope).sum(-1))
+            gap = scores[label] - scores[other]
+            fields.append(gap / (reaction**2).sum() * blurred(reaction))
+        field = min(fields, key=lambda field: (field**2).sum())
+        expected = deformed(image, field)
+        if (expected.reshape(-1) @ weights).argmax() == label:
+            expected = deformed(image, 1.2 * field)
+            farther += 1
+        fooled = (expected.reshape(-1) @ weights).argmax() != label
+        assert success == fooled
+        np.testing.assert_allclose(moved, expected if fooled else image, atol=1e-4)
+    assert result.success.any() and 0 < farther < 8
 
 
 @pytest.mark.parametrize("name", ["RPGD 8", "CW L2", "LocalSearch", "Boundary", "PointWise"])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnslicer_jax.attacks.adversarial import (
     BATCH_SIZE,
@@ -19,6 +20,7 @@ from nnslicer_jax.attacks.adversarial import (
     Case,
     Search,
     check_counts,
+    check_numbers,
     check_picture,
     l2,
     run,
@@ -62,13 +64,14 @@ def adef(
     Raises:
       ValueError: For an argument that is not as said above.
     """
-    check_picture(images)
+    sides = check_picture(images)
     check_counts(steps=steps, candidates=candidates)
-    if min(images.shape[1:3]) < 3:
-        raise ValueError(f"images must have 3 rows and columns or more, not {images.shape}")
+    check_numbers(smooth=smooth)
+    if min(sides) < 3:
+        raise ValueError(f"images must have 3 rows and columns or more, not {np.shape(images)}")
     if candidates < 2:
         raise ValueError(f"candidates must be at least 2, the label and another, not {candidates}")
-    side = max(images.shape[1:3])
+    side = max(sides)
     if not 0 < smooth <= side:
         raise ValueError(f"smooth must be above 0 and at most {side}, not {smooth}")
     return run(

@@ -6,7 +6,6 @@ itself.
 """
 
 import functools
-import math
 import numbers
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from nnslicer_jax.batches import filled
 
 # Images attacked at once unless asked otherwise: a ResNet-10 on them stays below 2 GiB.
 BATCH_SIZE = 128
@@ -173,13 +174,11 @@ def run(
     Raises:
       ValueError: For an argument that is not as said above.
     """
-    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
+    check_counts(batch_size=batch_size)
     pixels, classes = check(apply, params, images, labels, bounds)
     count = len(pixels)
     size = min(int(batch_size), count)
-    # The last batch is filled up with copies of the last image.
-    spans = [np.minimum(np.arange(at, at + size), count - 1) for at in range(0, count, size)]
+    spans = list(filled(count, size))
     before = np.concatenate([_logits(apply, params, pixels[span]) for span in spans])[:count]
     _check_logits(before)
     keys = _keys(key if draws else jax.random.key(0), count)
@@ -315,7 +314,7 @@ def _distances(norm: Callable, moved: jax.Array, images: jax.Array) -> jax.Array
     return jax.vmap(norm)(moved.astype(jnp.float32) - images.astype(jnp.float32))
 
 
-def _keys(key: jax.Array, count: int) -> jax.Array:
+def _keys(key: Any, count: int) -> jax.Array:
     try:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count, dtype=jnp.uint32))
     except (TypeError, ValueError):
@@ -334,24 +333,13 @@ def check(
       ValueError: For images that are empty, no floats, not finite or outside `bounds`; for
         labels that are no class indices `[N]`; for a network that returns no logits `[N, K]`.
     """
-    low, high = check_bounds(bounds)
-    pixels, classes = np.asarray(images), np.asarray(labels)
-    if pixels.ndim < 2 or len(pixels) == 0:
-        raise ValueError(f"images must be [N, ...] with N of at least 1, not {pixels.shape}")
-    if not jnp.issubdtype(pixels.dtype, jnp.floating):
-        raise ValueError(f"images must be floats in {low:g}..{high:g}, not {pixels.dtype}")
-    if not np.isfinite(pixels).all():
-        raise ValueError("images must be finite; some are NaN or infinite")
-    if pixels.min() < low or pixels.max() > high:
-        given = f"{pixels.min():g}..{pixels.max():g}"
-        raise ValueError(f"images must lie in {low:g}..{high:g}, given {given}")
+    pixels, classes = check_pixels(images, bounds), np.asarray(labels)
     if classes.shape != (len(pixels),) or not np.issubdtype(classes.dtype, np.integer):
         raise ValueError(
             f"labels must be integers [{len(pixels)}], one an image, not {classes.dtype} of "
             f"shape {classes.shape}"
         )
-    pixels = pixels.astype(jax.dtypes.canonicalize_dtype(pixels.dtype))
-    logits = jax.eval_shape(apply, params, jax.ShapeDtypeStruct(pixels.shape, pixels.dtype))
+    logits = _shaped(apply, params, pixels)
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != len(pixels) or shape[1] < 2:
         given = type(logits).__name__ if shape is None else shape
@@ -362,6 +350,49 @@ def check(
             f"{classes.min()}..{classes.max()}"
         )
     return pixels, classes.astype(np.int32)
+
+
+def _shaped(apply: Callable, params: Any, pixels: np.ndarray) -> Any:
+    """What `apply` returns for the images, shapes and dtypes only."""
+    try:
+        hash(apply)
+    except TypeError:
+        raise ValueError(
+            f"apply must be hashable, as compiled programs are kept by it; {type(apply).__name__} "
+            "is not"
+        ) from None
+    try:
+        return jax.eval_shape(apply, params, jax.ShapeDtypeStruct(pixels.shape, pixels.dtype))
+    except Exception as error:  # Models raise many types for a shape that they do not take.
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"apply must take images {pixels.shape} {pixels.dtype}; it raises "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def check_pixels(images: Any, bounds: tuple[float, float], *, name: str = "images") -> np.ndarray:
+    """Images as an array on the host, in a dtype that JAX computes in.
+
+    Raises:
+      ValueError: For images that are empty, no floats, not finite or outside `bounds`; calls them
+        by `name`.
+    """
+    low, high = check_bounds(bounds)
+    try:
+        pixels = np.asarray(images)
+    except ValueError:
+        raise ValueError(f"{name} must be [N, ...], all of one shape") from None
+    if pixels.ndim < 2 or len(pixels) == 0:
+        raise ValueError(f"{name} must be [N, ...] with N of at least 1, not {pixels.shape}")
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floats in {low:g}..{high:g}, not {pixels.dtype}")
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"{name} must be finite; some are NaN or infinite")
+    if pixels.size and (pixels.min() < low or pixels.max() > high):
+        given = f"{pixels.min():g}..{pixels.max():g}"
+        raise ValueError(f"{name} must lie in {low:g}..{high:g}, given {given}")
+    return pixels.astype(jax.dtypes.canonicalize_dtype(pixels.dtype))
 
 
 def _check_logits(logits: np.ndarray) -> None:
@@ -377,8 +408,11 @@ def _check_logits(logits: np.ndarray) -> None:
 
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     """The bounds; raises ValueError unless they are two finite numbers in order."""
-    low, high = bounds
-    if not -math.inf < low < high < math.inf:
+    try:
+        low, high = bounds
+    except (TypeError, ValueError):
+        raise ValueError(f"bounds must be (low, high), two numbers, not {bounds!r}") from None
+    if not (_is_number(low) and _is_number(high) and low < high):
         raise ValueError(f"bounds must be (low, high) with low < high, not {bounds}")
     return low, high
 
@@ -387,8 +421,8 @@ def check_eps(eps: float, bounds: tuple[float, float]) -> float:
     """Eps as a float; raises ValueError unless it is 0 to the width of `bounds`."""
     low, high = check_bounds(bounds)
     width = high - low
-    if not 0 <= eps <= width:
-        raise ValueError(f"eps must be in 0..{width:g}, the width of bounds, not {eps}")
+    if not _is_number(eps) or not 0 <= eps <= width:
+        raise ValueError(f"eps must be in 0..{width:g}, the width of bounds, not {eps!r}")
     return float(eps)
 
 
@@ -400,13 +434,34 @@ def check_counts(**counts: int) -> None:
 
 
 def check_sizes(**sizes: float) -> None:
-    """Raises ValueError for a number that is not above 0."""
+    """Raises ValueError for what is no finite number above 0."""
+    check_numbers(**sizes)
     for name, size in sizes.items():
         if not size > 0:
             raise ValueError(f"{name} must be above 0, not {size!r}")
 
 
-def check_picture(images: Any) -> None:
-    """Raises ValueError unless images have two spatial axes and one of channels."""
-    if np.ndim(images) != 4:
-        raise ValueError(f"images must be [N, H, W, C], not {np.shape(images)}")
+def check_numbers(**values: float) -> None:
+    """Raises ValueError for what is no finite number."""
+    for name, value in values.items():
+        if not _is_number(value):
+            raise ValueError(f"{name} must be a finite number, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite real number, of Python, NumPy or JAX."""
+    if isinstance(value, str | bytes | list | tuple) or np.ndim(value):
+        return False
+    array = np.asarray(value)
+    return array.dtype.kind in "iuf" and bool(np.isfinite(array))
+
+
+def check_picture(images: Any) -> tuple[int, int]:
+    """Height and width; raises ValueError unless there are two spatial axes and one of channels."""
+    try:
+        shape = np.shape(images)
+    except ValueError:
+        raise ValueError("images must be [N, H, W, C], all of one shape") from None
+    if len(shape) != 4:
+        raise ValueError(f"images must be [N, H, W, C], not {shape}")
+    return shape[1], shape[2]

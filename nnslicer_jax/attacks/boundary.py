@@ -20,6 +20,7 @@ from nnslicer_jax.attacks.adversarial import (
     Case,
     Search,
     check_counts,
+    check_numbers,
     check_sizes,
     choose,
     l2,
@@ -75,6 +76,7 @@ def boundary(
       ValueError: For an argument that is not as said above.
     """
     check_counts(steps=steps)
+    check_numbers(adaptation=adaptation)
     check_sizes(sphere_step=sphere_step, source_step=source_step, converged=converged)
     if not adaptation > 1:
         raise ValueError(f"adaptation must be above 1, not {adaptation}")

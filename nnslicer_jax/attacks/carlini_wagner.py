@@ -18,6 +18,7 @@ from nnslicer_jax.attacks.adversarial import (
     Case,
     Search,
     check_counts,
+    check_numbers,
     check_sizes,
     choose,
     l2,
@@ -74,6 +75,7 @@ def carlini_wagner(
     """
     check_counts(steps=steps, searches=searches)
     check_sizes(step_size=step_size, first_constant=first_constant)
+    check_numbers(confidence=confidence)
     if not confidence >= 0:
         raise ValueError(f"confidence must be at least 0, not {confidence}")
     return run(

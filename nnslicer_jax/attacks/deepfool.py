@@ -18,6 +18,7 @@ from nnslicer_jax.attacks.adversarial import (
     Case,
     Search,
     check_counts,
+    check_numbers,
     l2,
     linf,
     run,
@@ -63,11 +64,12 @@ def deepfool(
       ValueError: For an argument that is not as said above.
     """
     norms = {"l2": (l2, _l2_step), "linf": (linf, _linf_step)}
-    if norm not in norms:
+    if not isinstance(norm, str) or norm not in norms:
         raise ValueError(f"norm must be 'l2' or 'linf', not {norm!r}")
     check_counts(steps=steps, candidates=candidates)
     if candidates < 2:
         raise ValueError(f"candidates must be at least 2, the label and another, not {candidates}")
+    check_numbers(overshoot=overshoot)
     if not overshoot >= 0:
         raise ValueError(f"overshoot must be at least 0, not {overshoot}")
     measure, nearest = norms[norm]

@@ -57,17 +57,16 @@ def gaussian_blur(
     Raises:
       ValueError: For an argument that is not as said above.
     """
-    check_picture(images)
+    side = max(check_picture(images))
     check_counts(steps=steps)
-    side = max(images.shape[1:3])
-    sigma = float(side if max_sigma is None else max_sigma)
+    sigma = side if max_sigma is None else max_sigma
     check_sizes(max_sigma=sigma)
     if sigma > side:
         raise ValueError(f"max_sigma must be at most {side}, the images' side, not {max_sigma}")
     return run(
         _SEARCH, key, apply, params, images, labels,
         draws=False, bounds=bounds, batch_size=batch_size, norm=l2, closest=True,
-        steps=steps, max_sigma=sigma,
+        steps=steps, max_sigma=float(sigma),
     )  # fmt: skip
 
 

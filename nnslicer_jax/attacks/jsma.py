@@ -18,6 +18,7 @@ from nnslicer_jax.attacks.adversarial import (
     Case,
     Search,
     check_counts,
+    check_numbers,
     l2,
     run,
 )
@@ -58,6 +59,7 @@ def jsma(
       ValueError: For an argument that is not as said above.
     """
     check_counts(steps=steps, changes=changes)
+    check_numbers(theta=theta)
     if not 0 < theta <= 1:
         raise ValueError(f"theta must be above 0 and at most 1, not {theta}")
     return run(

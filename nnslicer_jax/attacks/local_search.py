@@ -20,6 +20,7 @@ from nnslicer_jax.attacks.adversarial import (
     Case,
     Search,
     check_counts,
+    check_numbers,
     check_picture,
     choose,
     l2,
@@ -72,6 +73,7 @@ def local_search(
     """
     check_picture(images)
     check_counts(reach=reach, changed=changed, rounds=rounds)
+    check_numbers(factor=factor, probe=probe)
     if not 0 <= factor <= 2:
         raise ValueError(f"factor must be in 0..2, not {factor}")
     return run(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nnslicer_jax.attacks.adversarial import (
     BATCH_SIZE,
@@ -19,6 +18,7 @@ from nnslicer_jax.attacks.adversarial import (
     Case,
     Search,
     check_counts,
+    check_numbers,
     check_picture,
     l2,
     run,
@@ -64,8 +64,9 @@ def spatial(
     """
     check_picture(images)
     check_counts(rotations=rotations, translations=translations)
+    check_numbers(max_rotation=max_rotation, max_translation=max_translation)
     for name, most in (("max_rotation", max_rotation), ("max_translation", max_translation)):
-        if not 0 <= most < np.inf:
+        if not most >= 0:
             raise ValueError(f"{name} must be at least 0, not {most}")
     return run(
         _SEARCH, key, apply, params, images, labels,
