@@ -43,7 +43,8 @@ def dependence(parts: Iterable[tuple[slice, Matrix]], labels: np.ndarray, width:
       never within one.
 
     Raises:
-      ValueError: For labels of fewer than two classes, or as many classes as rows.
+      ValueError: For labels of fewer than two classes, or as many classes as rows; for parts of
+        another width, or of more or fewer rows than labels.
     """
     labels = np.asarray(labels)
     present, index = np.unique(labels, return_inverse=True)
@@ -54,14 +55,23 @@ def dependence(parts: Iterable[tuple[slice, Matrix]], labels: np.ndarray, width:
             f"in {count} rows"
         )
     sums, squares = np.zeros((classes, width)), np.zeros(width)
+    seen = 0
     for span, part in parts:
         rows = index[span]
+        if part.shape != (len(rows), width):
+            raise ValueError(
+                f"parts must be [{len(rows)}, {width}] for {span} of {count} labels, given "
+                f"{part.shape}"
+            )
+        seen += len(rows)
         ones = np.ones(len(rows))
         pick = sparse.csr_array((ones, (rows, np.arange(len(rows)))), (classes, len(rows)))
         values = part.astype(np.float64)
         added = pick @ values
         sums += added.toarray() if sparse.issparse(added) else added
         squares += (values * values).sum(0)
+    if seen != count:
+        raise ValueError(f"parts must hold a row for each of {count} labels, given {seen}")
     sizes = np.bincount(index)[:, None]
     explained = (sums**2 / sizes).sum(0)
     between = explained - sums.sum(0) ** 2 / count
@@ -134,12 +144,15 @@ def fit(
         0 or 1.
 
     Raises:
-      ValueError: For an unknown classifier, a leaf below 1, or labels that do not fit.
+      ValueError: For an unknown classifier, a leaf below 1, labels that do not fit, or sparse
+        features for "boosting".
     """
     if classifier not in CLASSIFIERS:
         raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, not {classifier!r}")
     if leaf < 1:
         raise ValueError(f"leaf must be at least 1, not {leaf}")
+    if classifier == "boosting" and sparse.issparse(features):
+        raise ValueError("features must be dense for classifier 'boosting', not sparse")
     if np.shape(labels) != (features.shape[0],):
         raise ValueError(
             f"labels must be one for each of {features.shape[0]} rows, not of shape "
@@ -223,7 +236,7 @@ def intervals(
       (low, high) in place of each measure; None where one is undefined for every draw.
 
     Raises:
-      ValueError: If the two are not of one length.
+      ValueError: If the two are not of one length, or for draws below 1.
     """
     count = len(normal.flags)
     if len(adversarial.flags) != count:
@@ -231,6 +244,8 @@ def intervals(
             f"adversarial must hold the same images as normal, {count}, not "
             f"{len(adversarial.flags)}"
         )
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
     if not count:
         return Measures(None, None, None, None)
     # How often each image is drawn: all measures are sums weighted by it.

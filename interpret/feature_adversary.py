@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import nnslicer_jax as nns
-from nnslicer_jax.attacks.adversarial import check_counts, check_eps, check_sizes
+from nnslicer_jax.attacks.adversarial import check_counts, check_eps, check_pixels, check_sizes
+from nnslicer_jax.batches import filled
 
 # A layer in which image and guide agree from the start has no distance to count by.
 _LEAST = 1e-12
@@ -43,7 +44,7 @@ def feature_adversary(
       graph: The traced model.
       params: Its parameters.
       images: `[N, ...]` floats within `bounds`.
-      guides: `[N, ...]`, the image that each is to resemble.
+      guides: `[N, ...]` floats within `bounds`, the image that each is to resemble.
       neurons: Names of the activations to match, as `graph.neurons()` lists them.
       eps: Largest change of a pixel, in the images' units, 0 to the width of `bounds`.
       steps: Gradient steps, from the image.
@@ -60,19 +61,27 @@ def feature_adversary(
     eps = check_eps(eps, bounds)
     check_counts(steps=steps, batch_size=batch_size)
     check_sizes(relative_step=relative_step)
-    images, guides = np.asarray(images), np.asarray(guides)
-    if images.shape != guides.shape or not len(images):
+    images = check_pixels(images, bounds)
+    guides = check_pixels(guides, bounds, name="guides")
+    shape = graph.values[graph.input].shape[1:]
+    if images.shape[1:] != shape:
+        raise ValueError(
+            f"images must be [N, {', '.join(map(str, shape))}] as the model was traced, not "
+            f"{images.shape}"
+        )
+    if images.shape != guides.shape:
         raise ValueError(
             f"guides must be one for each of the images {images.shape}, not {guides.shape}"
         )
+    if isinstance(neurons, str):
+        raise ValueError(f"neurons must be a list of names, not {neurons!r}")
     unknown = [name for name in neurons if name not in graph.neurons()]
     if unknown or not neurons:
         given = repr(unknown[0]) if unknown else "none"
         raise ValueError(f"neurons must name some of graph.neurons(), given {given}")
     size = min(batch_size, len(images))
     moved = []
-    for at in range(0, len(images), size):
-        which = np.minimum(np.arange(at, at + size), len(images) - 1)
+    for which in filled(len(images), size):
         start, names = jnp.asarray(images[which]), tuple(neurons)
         aim, far = _aim(graph, names, params, start, jnp.asarray(guides[which]))
         now = start

@@ -7,7 +7,6 @@ al., CVPR 2019).
 """
 
 import dataclasses
-import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ from scipy import sparse
 
 import nnslicer_jax as nns
 from nnslicer_jax.atomic import replacing
-from nnslicer_jax.checkpoint import claim
+from nnslicer_jax.batches import filled
+from nnslicer_jax.checkpoint import claim, digest
 from nnslicer_jax.progress import Progress
 
 # np.ndarray or scipy.sparse.csr_array, of which SciPy ships no types.
@@ -145,10 +145,9 @@ def _by_batches(extract: Extract, batch_size: int) -> Extract:
 
     def extract_all(images: np.ndarray, outputs: np.ndarray) -> Table:
         made = []
-        for at in range(0, len(images), batch_size):
-            which = np.minimum(np.arange(at, at + batch_size), len(images) - 1)
+        for which in filled(len(images), batch_size):
             values, spans = extract(images[which], outputs[which])
-            made.append(values[: len(images) - at])
+            made.append(values[: len(images) - which[0]])
         stack = sparse.vstack if sparse.issparse(made[0]) else np.concatenate
         return Table(stack(made), spans)
 
@@ -248,6 +247,7 @@ class Features:
 def write(
     folder: str | Path, images: np.ndarray, outputs: np.ndarray, extract: Extract,
     about: Mapping[str, Any], *, rows: int = 256, progress: str = "",
+    made: Callable[[int], None] | None = None,
 ) -> Features:  # fmt: skip
     """Extracts the features of all images into a folder, or goes on where a run was cut off.
 
@@ -261,6 +261,7 @@ def write(
       about: What else must not change between a run and its resumption; JSON values.
       rows: Images of a part, which bounds the memory.
       progress: What to call the features in lines of progress; "" prints none.
+      made: Called after each part that is written, with the number of its images.
 
     Raises:
       ValueError: For images that are empty or do not go with `outputs`, `rows` below 1, or a
@@ -276,9 +277,8 @@ def write(
             f"outputs must be one class for each of {len(images)} images, not of shape "
             f"{np.shape(outputs)}"
         )
-    mark = hashlib.sha256(np.ascontiguousarray(images).tobytes())
-    mark.update(np.asarray(outputs, "<i8").tobytes())
-    run = {**about, "rows": rows, "count": len(images), "images": mark.hexdigest()}
+    mark = digest((images, np.asarray(outputs, "<i8")))
+    run = {**about, "rows": rows, "count": len(images), "images": mark}
     claim(folder, run)
     line = None
     for number, at in enumerate(range(0, len(images), rows)):
@@ -291,6 +291,8 @@ def write(
         values, spans = extract(images[at:stop], outputs[at:stop])
         _claim_spans(folder, spans)
         _write(path, values)
+        if made:
+            made(stop - at)
         if line:
             line.at(stop)
     return open_features(folder)

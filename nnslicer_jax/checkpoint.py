@@ -1,5 +1,6 @@
 """Checkpoints of a long run: one orbax folder a step, written whole or not at all."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from nnslicer_jax.atomic import replacing
@@ -68,6 +70,14 @@ def restore_latest(folder: str | Path, like: Any) -> tuple[int, Any] | None:
             f"{path}: not a readable checkpoint of this run, delete it to go on from an older one "
             f"({reason})"
         ) from None
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of the bytes of a pytree's arrays, one after the other: 64 hexadecimal digits."""
+    mark = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        mark.update(np.ascontiguousarray(leaf).tobytes())
+    return mark.hexdigest()
 
 
 def claim(folder: str | Path, run: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ A run that is killed and started again ends in the weights of one that was not.
 """
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -251,12 +250,12 @@ def train(
         variables = initialize(model, options, dataset.train_images.shape[1:])
     else:
         _check_variables(model, variables, dataset.train_images.shape[1:])
-        run["variables"] = _digest(variables)
+        run["variables"] = checkpoint.digest(variables)
         # The step uses up what it is given.
         variables = jax.tree.map(jnp.array, dict(variables))
     if trainable is not None:
         _check_trainable(trainable, variables["params"])
-        run["trainable"] = _digest(trainable)
+        run["trainable"] = checkpoint.digest(trainable)
     state = TrainState(
         jnp.zeros((), jnp.int32),
         variables,
@@ -338,13 +337,6 @@ def _check_shapes(name: str, given: Any, wanted: Any, of: str) -> None:
                 f"{name}: expected the shapes of {of}, got {found.get(path, 'nothing')} instead "
                 f"of {due.get(path, 'nothing')} at {jax.tree_util.keystr(path)}"
             )
-
-
-def _digest(tree: Any) -> str:
-    mark = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        mark.update(np.ascontiguousarray(leaf).tobytes())
-    return mark.hexdigest()
 
 
 def count_correct(

@@ -68,6 +68,33 @@ def test_labels_without_a_statistic_are_refused(counts, labels):
         detect.dependence(parts(counts[0]), labels, 30)
 
 
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_array])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda m: parts(m[:, :29], 20),
+            "parts must be [20, 30] for slice(0, 20, None) of 60 labels",
+        ),
+        (
+            lambda m: parts(m[:, [0]], 20),
+            "parts must be [20, 30] for slice(0, 20, None) of 60 labels",
+        ),
+        (lambda m: parts(m, 20)[:1], "parts must hold a row for each of 60 labels, given 20"),
+        (lambda m: parts(m, 20) * 2, "parts must hold a row for each of 60 labels, given 120"),
+        (
+            lambda m: [(slice(0, 20), m)],
+            "parts must be [20, 30] for slice(0, 20, None) of 60 labels",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_line(counts, form, change, said):
+    matrix, labels = counts
+    with pytest.raises(ValueError) as caught:
+        detect.dependence(change(form(matrix)), labels, 30)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
 def test_the_most_dependent_come_first():
     statistic = np.array([3.0, 0.0, 5.0, 3.0, np.inf, 1.0, 3.0])
     for count, expected in ((1, [4]), (2, [2, 4]), (3, [0, 2, 4]), (4, [0, 2, 3, 4])):
@@ -137,6 +164,11 @@ def test_bad_options_are_one_line(counts):
         detect.fit(matrix, labels, leaf=0)
     with pytest.raises(ValueError, match=r"^labels must be one for each of 60 rows, not of shape"):
         detect.fit(matrix, labels[:5])
+    for form in (sparse.csr_array(matrix), sparse.csr_matrix(matrix)):
+        with pytest.raises(
+            ValueError, match="^features must be dense for classifier .boosting., n"
+        ):
+            detect.fit(form, labels, classifier="boosting")
     with pytest.raises(ValueError, match=r"^predicted must be one class for each of 60 rows, not"):
         detect.judge(detect.fit(matrix, labels), matrix, labels[:5])
 
@@ -208,6 +240,8 @@ def test_intervals_want_pairs():
     normal, adversarial = drawn(0, 5, 6)
     with pytest.raises(ValueError, match="^adversarial must hold the same images as normal, 5, no"):
         detect.intervals(normal, adversarial)
+    with pytest.raises(ValueError, match="^draws must be at least 1, not 0$"):
+        detect.intervals(normal, normal, draws=0)
 
 
 def test_rates_have_the_exact_binomial_interval():

@@ -77,6 +77,10 @@ def test_nothing_moves_without_a_budget(digits):
         ({"steps": 0}, "steps must be an integer of at least 1, not 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
         ({"relative_step": 0}, "relative_step must be above 0, not 0"),
+        ({"relative_step": np.inf}, "relative_step must be a finite number, not inf"),
+        ({"eps": "8"}, "eps must be in 0..1, the width of bounds, not '8'"),
+        ({"bounds": 1}, "bounds must be (low, high), two numbers, not 1"),
+        ({"neurons": "input"}, "neurons must be a list of names, not 'input'"),
         ({"neurons": []}, "neurons must name some of graph.neurons(), given none"),
         ({"neurons": ["x"]}, "neurons must name some of graph.neurons(), given 'x'"),
     ],
@@ -88,7 +92,28 @@ def test_bad_options_are_one_line(digits, changed, said):
     assert str(caught.value) == said
 
 
-def test_every_image_has_a_guide(digits):
+@pytest.mark.parametrize(
+    ("which", "change", "said"),
+    [
+        ("images", lambda x: x * 2, "images must lie in 0..1, given 0..2"),
+        ("guides", lambda x: x - 1, "guides must lie in 0..1, given -1..0"),
+        ("guides", lambda x: np.where(x > 0.5, np.nan, x), "guides must be finite; some are NaN"),
+        ("images", lambda x: (x * 255).astype("u1"), "images must be floats in 0..1, not uint8"),
+        ("guides", lambda x: (x * 255).astype("u1"), "guides must be floats in 0..1, not uint8"),
+        (
+            "images",
+            lambda x: x[:0],
+            "images must be [N, ...] with N of at least 1, not (0, 8, 8, 1)",
+        ),
+        ("images", lambda x: x[:, :7], "images must be [N, 8, 8, 1] as the model was traced, not"),
+        ("guides", lambda x: x[:2], "guides must be one for each of the images (5, 8, 8, 1), not"),
+        ("guides", lambda x: x[:, :7], "guides must be one for each of the images (5, 8, 8, 1)"),
+    ],
+)
+def test_bad_images_are_one_line(digits, which, change, said):
     graph, params, images, guides = digits
-    with pytest.raises(ValueError, match="^guides must be one for each of the images"):
-        feature_adversary(graph, params, images, guides[:2], ["input"], eps=0.1)
+    given = {"images": images, "guides": guides}
+    given[which] = change(given[which])
+    with pytest.raises(ValueError) as caught:
+        feature_adversary(graph, params, **given, neurons=["input"], eps=0.1)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)

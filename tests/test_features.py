@@ -1,5 +1,6 @@
 """Features on disk: what is streamed is what memory would hold, whole after a kill."""
 
+import hashlib
 import json
 import weakref
 
@@ -12,6 +13,8 @@ from scipy import sparse
 import nnslicer_jax as nns
 from interpret import features
 from nnslicer_jax import data
+from nnslicer_jax.batches import filled
+from nnslicer_jax.checkpoint import digest
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +323,26 @@ def test_one_layer_has_no_half():
     graph = nns.trace(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((1, 3)))
     with pytest.raises(ValueError, match="2 layers with weights or more"):
         features.halfway(graph)
+
+
+def test_parts_that_are_made_are_told_of(tmp_path):
+    counts = []
+    written(tmp_path, counted()[0], rows=4, made=counts.append)
+    assert counts == [4, 4, 3]
+    written(tmp_path, counted()[0], rows=4, made=counts.append)
+    assert counts == [4, 4, 3]
+
+
+def test_features_are_of_the_bytes_of_images_and_classes(tmp_path):
+    written(tmp_path, counted()[0])
+    mark = hashlib.sha256(IMAGES.tobytes() + OUTPUTS.astype("<i8").tobytes()).hexdigest()
+    assert json.loads((tmp_path / "run.json").read_text())["images"] == mark
+    assert digest((IMAGES, OUTPUTS)) == mark != digest((OUTPUTS, IMAGES))
+
+
+@pytest.mark.parametrize("size", [1, 4, 11, 12])
+def test_batches_are_filled_up_with_the_last_image(size):
+    found = list(filled(11, size))
+    assert {len(which) for which in found} == {size}
+    assert np.concatenate(found).tolist() == [min(i, 10) for i in range(len(found) * size)]
+    assert len(found) == -(-11 // size)
