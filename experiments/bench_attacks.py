@@ -18,6 +18,7 @@ from absl import app, flags, logging
 
 import nnslicer_jax as nns
 from experiments import record
+from experiments.attack_steps import FEWER_STEPS
 from experiments.bench_graph import ratio
 from experiments.provenance import ROOT, origin
 from nnslicer_jax import attacks, data
@@ -74,22 +75,22 @@ PACES = {
     "FGSM 8": _FGSM,
     "DeepFool Linf": Pace(name="LinfDeepFoolAttack"),
     "DeepFool L2": Pace(name="L2DeepFoolAttack"),
-    "JSMA": Pace({"steps": 200}),
+    "JSMA": Pace(FEWER_STEPS["JSMA"]),
     "RPGD 2": _RPGD,
     "RPGD 4": _RPGD,
     "RPGD 8": _RPGD,
     "CW L2": Pace(
-        {"steps": 60, "searches": 5, "first_constant": 1.0},
+        FEWER_STEPS["CW L2"],
         "L2CarliniWagnerAttack",
         {"steps": 60, "binary_search_steps": 5, "initial_const": 1.0},
     ),
-    "ADef": Pace({"steps": 50}),
-    "SinglePixel": Pace({"max_pixels": 50}),
-    "LocalSearch": Pace({"rounds": 5}),
-    "Boundary": Pace({"steps": 300}, "BoundaryAttack", {"steps": 300}),
+    "ADef": Pace(FEWER_STEPS["ADef"]),
+    "SinglePixel": Pace(FEWER_STEPS["SinglePixel"]),
+    "LocalSearch": Pace(FEWER_STEPS["LocalSearch"]),
+    "Boundary": Pace(FEWER_STEPS["Boundary"], "BoundaryAttack", {"steps": 300}),
     "Spatial": Pace(passes=Passes(0, 5**3 + 2)),
     "PointWise": Pace(),
-    "GaussianBlur": Pace({"steps": 100}, "GaussianBlurAttack", {"steps": 100}),
+    "GaussianBlur": Pace(FEWER_STEPS["GaussianBlur"], "GaussianBlurAttack", {"steps": 100}),
 }
 
 

@@ -1,5 +1,9 @@
 """The study of adversarial inputs: every row is what the stages say, and a run goes on."""
 
+import shutil
+import types
+
+import jax
 import numpy as np
 import pytest
 
@@ -30,7 +34,7 @@ def few_attacks():
 @pytest.fixture(scope="module")
 def made(setup, tmp_path_factory):
     """A whole run: the study and its rows by row and metric."""
-    found = study.Study(setup, SCHEDULE, 0, tmp_path_factory.mktemp("study"))
+    found = study.Study(setup, SCHEDULE, 0, tmp_path_factory.mktemp("study"), "abcdef0")
     about = {
         "command": "x",
         "data": setup.data,
@@ -42,7 +46,8 @@ def made(setup, tmp_path_factory):
         record.Row(study="adversarial_detection", **fields, **about)
         for fields in study.run(found, ADAPTIVE)
     ]
-    record.Record(title=study.TITLE, text=study.TEXT, rows=tuple(rows))
+    text = study.text(SCHEDULE, ADAPTIVE)
+    record.Record(title=study.TITLE, text=text, rows=tuple(rows))
     return found, {(row.row, row.metric): row for row in rows}
 
 
@@ -100,7 +105,12 @@ def test_an_attack_that_never_succeeds_is_a_row_with_a_note(made):
             assert row.note == "the attack fooled the network on no image"
     assert rows["FGSM 2, NNSlicer", "precision"].published == 0.82
     assert rows["FGSM 2, NNSlicer for the true class", "recall"].ours is None
-    assert rows["average, FeatureMap, tree, all layers", "recall"].note == "over 2 attacks"
+    assert rows["average, FeatureMap, tree, all layers", "recall"].note == (
+        "over 2 attacks; undefined for 1 attack that fooled the network on no image"
+    )
+    assert rows["average, the network's own confidence", "auroc"].note == (
+        "over 2 attacks; undefined for 1 attack that fooled the network on no image"
+    )
 
 
 def test_slices_of_all_outputs_do_not_look_at_a_class(made):
@@ -204,23 +214,70 @@ def test_a_run_goes_on_from_its_stages(made, monkeypatch):
     monkeypatch.setattr(detect, "fit", never)
     monkeypatch.setattr(study, "feature_adversary", never)
     monkeypatch.setattr(attacks, "ATTACKS", dict.fromkeys(FEW, never))
-    again = study.Study(found.setup, SCHEDULE, 0, found.folder)
+    again = study.Study(found.setup, SCHEDULE, 0, found.folder, "abcdef0")
     again.extract = dict.fromkeys((*study.METHODS, study.CLASSLESS), never)
     fields = study.run(again, ADAPTIVE)
     assert len(fields) == len(rows)
     for field in fields:
-        assert rows[field["row"], field["metric"]].ours == field["ours"]
+        row = rows[field["row"], field["metric"]]
+        assert (row.ours, row.note) == (field["ours"], field.get("note", ""))
 
 
 def test_stages_of_another_run_are_refused(made):
     found, _ = made
-    with pytest.raises(ValueError, match="columns was 60 and is now 61"):
-        study.Study(found.setup, SCHEDULE._replace(columns=61), 0, found.folder)
-    other = study.Study(
-        found.setup, SCHEDULE._replace(steps={"Spatial": {"turn": 1}}), 0, found.folder
-    )
+    setup = found.setup
+
+    def again(setup=setup, schedule=SCHEDULE):
+        return study.Study(setup, schedule, 0, found.folder, "abcdef0")
+
+    weights = jax.tree.map(lambda leaf: leaf + 1, setup.params)
+    other = setup.clean.copy()
+    other[0, 0, 0] = 1 - other[0, 0, 0]
+    for changed, said in (
+        ({"schedule": SCHEDULE._replace(columns=61)}, "columns was 60 and is now 61"),
+        ({"setup": setup._replace(params=weights)}, "weights was"),
+        ({"setup": setup._replace(clean=other)}, "sets was"),
+        ({"setup": setup._replace(labels=setup.labels[::-1])}, "sets was"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            again(**changed)
+        assert "\n" not in str(caught.value)
+    steps = again(schedule=SCHEDULE._replace(steps={"Spatial": {"turn": 1}}))
     with pytest.raises(ValueError, match="options was"):
-        other.attacked("Spatial")
+        steps.attacked("Spatial")
+    guides = again()
+    guides.setup = setup._replace(train=setup.train[::-1])
+    with pytest.raises(ValueError, match="made_of was"):
+        study.adaptive_set(guides, ADAPTIVE, 32)
+
+
+def test_a_verdict_is_of_just_the_images_that_it_was_made_of(made, tmp_path):
+    found, _ = made
+    shutil.copytree(found.folder, tmp_path / "study")
+    again = study.Study(found.setup, SCHEDULE, 0, tmp_path / "study", "abcdef0")
+    detector = study.Detector("NNSlicer")
+    sets = {"clean": study.judged_sets(again)["clean"]}
+    (path,) = (tmp_path / "study").glob("verdicts/nnslicer_tree_all_layers/clean.npz")
+    kept = study.verdicts(again, detector, sets)["clean"]
+    # Predictions of other classes: the features kept are not made for them.
+    clean = sets["clean"]
+    other = study.marked(clean.images, clean.outputs, (clean.predicted + 1) % 10)
+    flags = study.verdicts(again, detector, {"clean": other})["clean"].flags
+    assert flags.mean() > 0.5 > kept.flags.mean()
+    path.write_bytes(b"half a file")
+    np.testing.assert_array_equal(study.verdicts(again, detector, sets)["clean"].flags, kept.flags)
+    shifted = study.marked(clean.images[::-1].copy(), clean.outputs, clean.predicted)
+    with pytest.raises(ValueError, match="images was"):
+        study.verdicts(again, detector, {"clean": shifted})
+
+
+def test_rows_say_which_revisions_made_the_stages(made):
+    found, rows = made
+    assert found.commits() == ["abcdef0"]
+    assert not any("features made" in row.note for row in rows.values())
+    later = study.Study(found.setup, SCHEDULE, 0, found.folder, "1234567")
+    for field in study.run(later, ADAPTIVE):
+        assert field["note"].endswith("features made at abcdef0")
 
 
 def test_pictures_are_drawn(made, tmp_path):
@@ -239,12 +296,112 @@ def test_a_kernel_as_a_picture():
     assert sorted(picture.ravel()) == list(range(120))
 
 
-def test_peak_memory_is_noted(made):
+def test_false_alarms_of_the_true_class(made):
     found, rows = made
-    for method in study.METHODS:
-        row = rows[f"{method} of train", "peak memory of the process"]
-        assert row.ours == found.costs()[f"{method} of train"]["peak_mib"] > 50
-        assert (
-            features.open_features(found.folder / "features" / method.lower() / "train").count
-            == 150
-        )
+    which = found.attacked("DeepFool L2").which
+    for method in ("NNSlicer", "EffectivePath"):
+        said = study.verdicts(found, study.Detector(method), study.true_class_sets(found))
+        clean, hits = said["clean, true class"].flags, said["DeepFool L2, true class"].flags
+        row = f"DeepFool L2, {method} for the true class"
+        assert rows[row, "recall"].ours == pytest.approx(hits.mean())
+        precision = rows[row, "precision"]
+        assert precision.ours == pytest.approx(hits.sum() / (hits.sum() + clean[which].sum()))
+        assert precision.note == "beside their originals"
+        drawn = rows[row, "precision beside clean images"]
+        assert drawn.ours == pytest.approx(hits.mean() / (hits.mean() + clean.mean()))
+        wrong = int((found.setup.predicted != found.setup.labels).sum())
+        assert drawn.note.endswith(f"of which the network gets {wrong} wrong")
+
+
+def test_why_an_average_is_over_fewer_attacks():
+    quiet = detect.Measures(None, 0.0, 0.0, 0.5)
+    none = detect.Measures(None, None, None, None)
+    found = {"a": detect.Measures(0.5, 0.5, 0.5, 0.5), "b": quiet, "c": quiet, "d": none}
+    rows = {row["metric"]: row for row in study._averages(study.Detector("NNSlicer"), found)}
+    harmless = "; undefined for 1 attack that fooled the network on no image"
+    assert rows["precision"]["note"] == (
+        f"over 1 attack; undefined for 2 attacks, where nothing was flagged{harmless}"
+    )
+    assert rows["recall"]["note"] == f"over 3 attacks{harmless}"
+
+
+def test_every_stage_has_its_time_and_its_peak(made):
+    found, rows = made
+    names = {cost.row for cost in found.costs().values()}
+    assert {f"{method} of train" for method in study.METHODS} <= names
+    assert {f"{method} of images judged" for method in study.METHODS} <= names
+    assert {"attack Spatial", "feature adversary, eps 32/256"} <= names
+    assert {f"{detector}: training" for detector in study.DETECTORS} <= names
+    for name in names:
+        assert rows[name, "time"].ours > 0 and rows[name, "time"].note == ""
+        assert rows[name, "peak memory of the process"].ours > 50
+    sliced = found.costs()["NNSlicer of train"]
+    assert (sliced.images, sliced.whole) == (150, 150)
+    row = rows["150 training images sliced", "time"]
+    assert row.ours == pytest.approx(sliced.seconds / 60) and row.unit == "min"
+    assert row.note == "target at most 60, met"
+
+
+def test_targets_are_met_or_missed(made):
+    found, _ = made
+
+    class Noted(study.Study):
+        def costs(self):
+            cost = study.Cost("NNSlicer of train", 1000.0, 50, 150, 2049.0)
+            return {"NNSlicer of train": cost}
+
+    noted = Noted(found.setup, SCHEDULE, 0, found.folder, "abcdef0")
+    time, peak = study.cost_rows(noted)[:2]
+    assert time["ours"] == pytest.approx(50)
+    assert time["note"] == "target at most 60, met; at the pace of the 50 images that were timed"
+    assert peak["note"].startswith("target below 2,048 for the features alone, missed")
+
+
+def test_the_cost_of_a_stage_is_that_of_all_runs_that_made_it(setup, tmp_path, monkeypatch):
+    found = study.Study(setup, SCHEDULE, 0, tmp_path, "abcdef0")
+    clock = iter(range(0, 1000, 10))
+    timer = types.SimpleNamespace(monotonic=lambda: float(next(clock)))
+    monkeypatch.setattr(study, "time", timer)
+    peaks = iter([300.0, 500.0, 400.0])
+    monkeypatch.setattr(study, "_peak", lambda: next(peaks))
+    images, outputs = np.zeros((600, 2, 2, 1), np.float32), np.zeros(600, int)
+    calls = []
+
+    def extract(some, classes):
+        calls.append(len(some))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return features.Table(np.zeros((len(some), 3), np.float16), {"a": (0, 3)})
+
+    found.extract = {"NNSlicer": extract}
+    with pytest.raises(KeyboardInterrupt):
+        found.extracted("NNSlicer", "some", images, outputs)
+    row = "NNSlicer of images judged"
+    assert found.costs()["NNSlicer of some"] == study.Cost(row, 10.0, 256, 600, 300.0)
+    found.extracted("NNSlicer", "some", images, outputs)
+    assert calls == [256, 256, 256, 88]
+    assert found.costs()["NNSlicer of some"] == study.Cost(row, 30.0, 600, 600, 500.0)
+    found.extracted("NNSlicer", "some", images, outputs)
+    assert found.costs()["NNSlicer of some"] == study.Cost(row, 30.0, 600, 600, 500.0)
+    # What every run makes from the start counts once.
+    monkeypatch.setattr(study, "_peak", lambda: 200.0)
+    for _ in range(2):
+        with found.timed("b", 7):
+            pass
+    assert found.costs()["b"] == study.Cost("b", 10.0, 7, 7, 200.0)
+    (tmp_path / "costs.json").write_text('{"a": {"seconds": 1, "peak_mib": 2}}')
+    with pytest.raises(ValueError, match="not the costs of a run's stages, delete it"):
+        found.costs()
+
+
+def test_the_text_names_what_was_run():
+    said = study.text(study.SCHEDULES["cpu"], study.ADAPTIVE["cpu"])
+    for words in (
+        "k = 4,000",
+        "JSMA steps 200",
+        "LocalSearch rounds 5",
+        "in 60 steps",
+        "of 4 such",
+    ):
+        assert words in said
+    assert "k = 20,000" in study.text(study.SCHEDULES["published"], study.ADAPTIVE["published"])

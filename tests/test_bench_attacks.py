@@ -1,11 +1,14 @@
 """The attack benchmark: every attack has its pace, and what it measures fits the schema."""
 
+import inspect
+
 import jax
 import numpy as np
 import pytest
 
 from experiments import bench_attacks as bench
 from experiments import record
+from experiments.attack_steps import FEWER_STEPS
 from nnslicer_jax import attacks
 
 
@@ -22,6 +25,10 @@ def case():
 
 
 def test_every_attack_has_a_pace():
+    for name, options in FEWER_STEPS.items():
+        assert bench.PACES[name].ours == options
+        assert set(options) <= set(inspect.signature(attacks.ATTACKS[name]).parameters)
+    assert {name for name, pace in bench.PACES.items() if pace.ours} == set(FEWER_STEPS)
     assert set(bench.PACES) == set(attacks.ATTACKS)
     compared = [name for name, pace in bench.PACES.items() if pace.name]
     assert len(compared) == 11
