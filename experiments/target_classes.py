@@ -104,7 +104,8 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     extra = _Z**2 / count
     middle = (share + extra / 2) / (1 + extra)
     half = _Z / (1 + extra) * math.sqrt(share * (1 - share) / count + extra / (4 * count))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    # Rounding must not put the share outside.
+    return max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)
 
 
 def packed(right: np.ndarray) -> str:

@@ -104,6 +104,13 @@ def test_intervals_are_wilsons():
         np.testing.assert_allclose(wilson(share, count), np.sort(roots.real), atol=1e-7)
 
 
+def test_the_share_is_in_its_interval():
+    for count in (1, 7, 100, 333, 5000):
+        for share in (0.0, 1 / count, 1.0):
+            low, high = wilson(share, count)
+            assert 0 <= low <= share <= high <= 1
+
+
 def test_answers_are_packed_and_unpacked():
     for count, seed in itertools.product((1, 7, 8, 9, 400), range(3)):
         right = np.random.default_rng(seed).random(count) < 0.5
