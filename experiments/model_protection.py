@@ -9,13 +9,13 @@ the other choices, 90 % for EffectivePath.
 The paper leaves much open. Here hidden synapses restart from the initialiser, under a draw that is
 not the one the network was trained from; biases, batch norm scales and statistics are exposed; the
 attacker draws from the training images of all classes, knows how the network was trained
-(augmentation, schedule; batches of at most 32), and takes for each method the learning rate that
-does best on held-out images after training on 2,000. Attackers: "all trained" trains the exposed
-weights along (the headline: the stronger one), "hidden trained" the hidden synapses alone. The
-criterion of NNSlicer is every image of the target classes with all target outputs; that of
-EffectivePath the rightly classified ones, with their own class. Of equal CONTRIBs the larger
-weights are hidden first. Weight and Random do not depend on the targets, so one run stands for all
-sets of them. A baseline trains from scratch.
+(augmentation, schedule; batches of at most 32), and takes for each method the learning rate that,
+after training on 2,000, does best on one half of the test images; accuracy is reported on the
+other half. Attackers: "all trained" trains the exposed weights along (the headline: the stronger
+one), "hidden trained" the hidden synapses alone. The criterion of NNSlicer is every image of the
+target classes with all target outputs; that of EffectivePath the rightly classified ones, with
+their own class. Of equal CONTRIBs the larger weights are hidden first. Weight and Random do not
+depend on the targets, so one run stands for all sets of them. A baseline trains from scratch.
 
 ``--schedule cpu`` takes about 50 minutes on two cores: slices of 100 images a class, two sets of
 four target classes up to 5,000 samples, one above; 50,000 samples for "all trained", 20,000 (of
@@ -26,7 +26,6 @@ A run that is killed goes on from the folder ``--folder``.
 
 import dataclasses
 import functools
-import itertools
 import json
 import shutil
 import sys
@@ -44,6 +43,15 @@ from matplotlib.figure import Figure
 import nnslicer_jax as nns
 from experiments import page, record
 from experiments.provenance import ROOT, origin
+from experiments.target_classes import (
+    Accuracy,
+    accuracy,
+    check_targets,
+    packed,
+    target_sets,
+    unpacked,
+    wilson,
+)
 from nnslicer_jax import checkpoint, data, training
 from nnslicer_jax.atomic import replacing
 from nnslicer_jax.progress import Progress
@@ -60,9 +68,13 @@ TEXT = (
     "that a method chose for some target classes, and trains for 5 epochs on a budget of samples; "
     "lower is better protection. All trained: the attacker trains every weight, the hidden ones "
     "from a fresh start (the headline). Hidden trained: the hidden synapses alone. The learning "
-    "rate is the one of those tried that served that attacker best against that method, on "
-    "held-out images (last rows). Accuracy is pooled over sets of target classes, "
-    "the spread is the 95 % interval over test images (Wilson's); each attack ran once per set. "
+    "rate is the one of those tried that served that attacker best against that method, on one "
+    "half of the test images (last rows; a rate at which training diverged counts as no right "
+    "answer); all else is of the other half. Accuracy is the mean over sets of target classes, "
+    "and the spread its 95 % interval over test images: an image adds the share of the sets in "
+    "which it is right, these values vary between the images of a class, and the interval is "
+    "Wilson's for as many images as give that variance; n counts different images. Each attack "
+    "ran once per set; chance of its training and the draw of sets are not in the interval. "
     "From scratch is the same attacker without the exposed half. The paper's figures are set "
     "beside the headline, though it does not say which attacker they are of."
 )
@@ -70,8 +82,6 @@ TEXT = (
 _BATCH = 500
 # More steps serve an attacker of few samples.
 _ATTACKER_BATCH = 32
-# Standard normal quantile of a 95 % interval.
-_Z = 1.959964
 
 
 class Block(NamedTuple):
@@ -100,7 +110,6 @@ class Schedule:
       profiled: Training images for the means.
       rates: The attacker's learning rates to choose from.
       tuning: Samples the choice is made with, under the first set of target classes.
-      validation: Training images after those that it is judged by.
       blocks: The attacks, in order.
       epochs: Passes over the attacker's samples.
     """
@@ -110,7 +119,6 @@ class Schedule:
     profiled: int
     rates: tuple[float, ...]
     tuning: int
-    validation: int
     blocks: tuple[Block, ...]
     epochs: int = 5
 
@@ -118,7 +126,7 @@ class Schedule:
 _EVERY = (*METHODS, SCRATCH)
 SCHEDULES = {
     "cpu": Schedule(
-        4, 100, 5_000, (0.001, 0.01, 0.1), 2_000, 2_000,
+        4, 100, 5_000, (0.001, 0.01, 0.1), 2_000,
         (
             Block("all", 1_000, _EVERY, 2),
             Block("hidden", 1_000, METHODS, 2),
@@ -129,7 +137,7 @@ SCHEDULES = {
         ),
     ),
     "published": Schedule(
-        4, 5_000, 50_000, (0.001, 0.01, 0.1), 2_000, 2_000,
+        4, 5_000, 50_000, (0.001, 0.01, 0.1), 2_000,
         tuple(
             Block(trains, budget, _EVERY if trains == "all" else METHODS, 10)
             for budget in (1_000, 5_000, 10_000, 20_000, 50_000)
@@ -137,7 +145,7 @@ SCHEDULES = {
         ),
     ),
     "tiny": Schedule(
-        3, 20, 200, (0.01, 0.1), 200, 200,
+        3, 20, 200, (0.01, 0.1), 200,
         (
             Block("all", 100, _EVERY, 2),
             Block("hidden", 100, METHODS, 2),
@@ -145,7 +153,7 @@ SCHEDULES = {
         ),
     ),
 }  # fmt: skip
-_PUBLISHED_BUDGET = 50_000
+_PUBLISHED_NETWORK, _PUBLISHED_SHARE, _PUBLISHED_BUDGET = "resnet10_cifar10", 0.5, 50_000
 _PUBLISHED: dict[str, str | int] = {
     "NNSlicer": "below 10", "EffectivePath": 90, "Weight": "above 30", "Random": "above 30",
 }  # fmt: skip
@@ -157,7 +165,8 @@ class Case:
 
     Attributes:
       trained: The network, its variables and its card.
-      dataset: What it was trained on.
+      dataset: What it was trained on, with the half of the test images that is reported on.
+      choice: The same with the other half, which learning rates are chosen on.
       graph: The traced network.
       initial: Freshly drawn variables.
       samples: Key of the attacker's draw of images.
@@ -170,6 +179,7 @@ class Case:
 
     trained: nns.zoo.Trained
     dataset: data.Dataset
+    choice: data.Dataset
     graph: nns.Graph
     initial: Any
     samples: jax.Array
@@ -189,7 +199,7 @@ class Outcome(NamedTuple):
       trains: A key of `ATTACKERS`.
       budget: The attacker's samples; 0 before any attack.
       rate: Its learning rate.
-      correct: Right answers by class.
+      right: Which test images it gets right, packed as `target_classes.packed` does.
     """
 
     method: str
@@ -197,7 +207,12 @@ class Outcome(NamedTuple):
     trains: str
     budget: int
     rate: float
-    correct: tuple[int, ...]
+    right: str
+
+    @property
+    def correct(self) -> int:
+        """How many it gets right."""
+        return int(self.right or "0", 16).bit_count()
 
 
 def prepare(
@@ -219,9 +234,11 @@ def prepare(
     # Not the key of the seed itself: the network may have been trained from its draw.
     initial_key, samples, random = jax.random.split(jax.random.key(seed), 3)
     zeros = jnp.zeros((1, *shape), jnp.float32)
+    choice, reported = _halves(dataset, seed)
     return Case(
         trained=trained,
-        dataset=dataset,
+        dataset=reported,
+        choice=choice,
         graph=nns.trace(trained.model.apply, trained.variables, zeros),
         initial=dict(jax.jit(trained.model.init)(initial_key, zeros)),
         samples=samples,
@@ -233,29 +250,17 @@ def prepare(
     )
 
 
-def check_targets(targets: Sequence[int], classes: int) -> tuple[int, ...]:
-    """The target classes in order.
-
-    Raises:
-      ValueError: For none, the same twice, or one that there is not.
-    """
-    if not len(targets):
-        raise ValueError("targets must name at least one class")
-    if len(set(targets)) < len(targets) or not all(0 <= target < classes for target in targets):
-        raise ValueError(
-            f"targets must be different classes in 0..{classes - 1}, not "
-            f"{', '.join(map(str, targets))}"
+def _halves(dataset: data.Dataset, seed: int) -> tuple[data.Dataset, data.Dataset]:
+    """The data set with either half of its test images, drawn, as many of each class."""
+    order = np.random.default_rng((seed, 1)).permutation(len(dataset.test_labels))
+    by_class = order[np.argsort(dataset.test_labels[order], stable=True)]
+    one, other = (
+        dataset._replace(
+            test_images=dataset.test_images[rows], test_labels=dataset.test_labels[rows]
         )
-    return tuple(sorted(targets))
-
-
-def target_sets(classes: int, size: int, count: int, seed: int) -> list[tuple[int, ...]]:
-    """Different sets of `size` of the classes, `count` of them or all, in an order drawn."""
-    if not 1 <= size <= classes:
-        raise ValueError(f"a set must hold 1..{classes} target classes, not {size}")
-    every = list(itertools.combinations(range(classes), size))
-    order = np.random.default_rng(seed).permutation(len(every))
-    return [every[i] for i in order[:count]]
+        for rows in (np.sort(by_class[::2]), np.sort(by_class[1::2]))
+    )
+    return one, other
 
 
 def class_images(case: Case, targets: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -352,17 +357,14 @@ def attack(
     )  # fmt: skip
 
 
-def right_answers(graph: nns.Graph, variables: Any, dataset: data.Dataset) -> tuple[int, ...]:
-    """Test images that a network gets right, by class."""
+def right_answers(graph: nns.Graph, variables: Any, dataset: data.Dataset) -> np.ndarray:
+    """Which test images a network gets right, `[N]` bool."""
     labels = dataset.test_labels
-    predicted = np.concatenate(
-        [
-            _predictions(graph, variables, data.to_float(dataset.test_images[i : i + _BATCH]))
-            for i in range(0, len(labels), _BATCH)
-        ]
-    )
-    counts = np.bincount(labels[predicted == labels], minlength=len(dataset.classes))
-    return tuple(int(count) for count in counts)
+    predicted = [
+        _predictions(graph, variables, data.to_float(dataset.test_images[i : i + _BATCH]))
+        for i in range(0, len(labels), _BATCH)
+    ]
+    return np.concatenate(predicted) == labels
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -378,8 +380,9 @@ class Study:
     """The runs of a schedule, each kept in a file once it is done."""
 
     def __init__(
-        self, case: Case, schedule: Schedule, folder: Path, targets: Sequence[int] | None = None
-    ) -> None:
+        self, case: Case, schedule: Schedule, folder: Path, targets: Sequence[int] | None = None,
+        *, commit: str = "unknown",
+    ) -> None:  # fmt: skip
         """Checks the schedule and takes the folder.
 
         Args:
@@ -387,6 +390,7 @@ class Study:
           schedule: What is run.
           folder: For finished runs; made if it is missing.
           targets: The one set of target classes, instead of those drawn.
+          commit: Revision of the code, which must not change between a run and its going on.
 
         Raises:
           ValueError: For budgets or target classes out of range, or a folder of another study.
@@ -407,17 +411,21 @@ class Study:
                 raise ValueError(
                     f"budget must be 1..{count}, the number of training images, not {block.budget}"
                 )
-        if schedule.tuning + schedule.validation > count:
+        if not 1 <= schedule.tuning <= count:
             raise ValueError(
-                f"tuning and validation must be at most {count} images together, not "
-                f"{schedule.tuning} and {schedule.validation}"
+                f"tuning must be 1..{count}, the number of training images, not {schedule.tuning}"
             )
         card = case.trained.card
         checkpoint.claim(
             folder,
             {
                 "network": card["weights_sha256"],
-                "data": [case.dataset.name, count, len(case.dataset.test_labels)],
+                "data": [
+                    case.dataset.name,
+                    count,
+                    len(case.choice.test_labels),
+                    len(case.dataset.test_labels),
+                ],
                 "data_note": case.dataset.note,
                 "seed": case.seed,
                 "share": case.share,
@@ -425,8 +433,9 @@ class Study:
                 "rates": list(schedule.rates),
                 **{
                     name: getattr(schedule, name)
-                    for name in ("images", "profiled", "tuning", "validation", "epochs")
+                    for name in ("images", "profiled", "tuning", "epochs")
                 },
+                "commit": commit,
             },
         )
 
@@ -434,19 +443,13 @@ class Study:
         """Runs what is not yet there.
 
         Returns:
-          The attacks that learning rates are chosen by, judged by held-out training images; and
-          those of all blocks, after what there is before any attack.
+          The attacks that learning rates are chosen by, judged by one half of the test images;
+          and those of all blocks, judged by the other, after what there is before any attack.
         """
         case, schedule, trained = self.case, self.schedule, self.case.dataset
-        held = protect.samples(case.samples, trained, schedule.tuning + schedule.validation)
-        held = held._replace(
-            train_images=held.train_images[: schedule.tuning],
-            train_labels=held.train_labels[: schedule.tuning],
-            test_images=held.train_images[schedule.tuning :],
-            test_labels=held.train_labels[schedule.tuning :],
-        )
+        few = protect.samples(case.samples, case.choice, schedule.tuning)
         tuned = [
-            self._kept(f"rate_{rate:g}_", held, method, targets, trains, rate)
+            self._kept(f"rate_{rate:g}_", few, method, targets, trains, rate)
             for trains, method, targets, rate in self._trials()
         ]
         none = trained._replace(
@@ -499,22 +502,28 @@ class Study:
         case, where = self.case, self.folder / "training" / path.stem
         scratch = method == SCRATCH
         source = "Random" if scratch else method
-        variables = attack(
-            case,
-            crucial(case, self.schedule, source, targets, self.folder),
-            dataset,
-            options(case, self.schedule.epochs, rate) if budget else None,
-            trains=trains,
-            scratch=scratch,
-            checkpoint_dir=where,
-        )
-        correct = right_answers(case.graph, variables, dataset)
-        found = Outcome(method, targets, trains, budget, rate, correct)
+        try:
+            variables = attack(
+                case,
+                crucial(case, self.schedule, source, targets, self.folder),
+                dataset,
+                options(case, self.schedule.epochs, rate) if budget else None,
+                trains=trains,
+                scratch=scratch,
+                checkpoint_dir=where,
+            )
+            right = right_answers(case.graph, variables, dataset)
+        except FloatingPointError:
+            # A rate that is too high is not taken; of the attack itself nothing would be known.
+            if not prefix:
+                raise
+            right = np.zeros(len(dataset.test_labels), bool)
+        found = Outcome(method, targets, trains, budget, rate, packed(right))
         with replacing(path) as partial:
             partial.write_text(json.dumps(found._asdict()) + "\n")
         # Only now: a run that is killed in between is not begun again.
         shutil.rmtree(where, ignore_errors=True)
-        share = sum(found.correct) / len(dataset.test_labels)
+        share = found.correct / len(dataset.test_labels)
         self._line.at(
             self._done,
             f"{path.stem}: {share:.2%} on all classes, {time.monotonic() - start:.0f} s",
@@ -525,10 +534,9 @@ class Study:
 def _read(path: Path) -> Outcome:
     try:
         content = json.loads(path.read_text())
-        content["targets"], content["correct"] = (
-            tuple(content[name]) for name in ("targets", "correct")
-        )
-        return Outcome(**content)
+        found = Outcome(**{**content, "targets": tuple(content["targets"])})
+        bytes.fromhex(found.right)
+        return found
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path.name} is not the outcome of an attack; remove it") from None
 
@@ -536,40 +544,13 @@ def _read(path: Path) -> Outcome:
 def best_rate(tuned: Sequence[Outcome], trains: str, method: str) -> float:
     """The learning rate an attacker takes: most right answers, the lowest of equal ones."""
     found = [o for o in tuned if (o.trains, o.method) == (trains, method)]
-    return max(sorted(found, key=lambda o: o.rate), key=lambda o: sum(o.correct)).rate
-
-
-def interval(correct: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, in percent."""
-    share, extra = correct / count, _Z**2 / count
-    middle = (share + extra / 2) / (1 + extra)
-    half = _Z / (1 + extra) * np.sqrt(share * (1 - share) / count + extra / (4 * count))
-    return 100 * float(max(middle - half, 0)), 100 * float(min(middle + half, 1))
-
-
-class Accuracy(NamedTuple):
-    """Right answers among so many, pooled over sets of target classes.
-
-    Attributes:
-      correct: Right answers.
-      images: So many.
-      by_set: Share of each set.
-    """
-
-    correct: int
-    images: int
-    by_set: tuple[float, ...]
-
-    @property
-    def percent(self) -> float:
-        """Right answers in percent."""
-        return 100 * self.correct / self.images
+    return max(sorted(found, key=lambda o: o.rate), key=lambda o: o.correct).rate
 
 
 def pooled(
     outcomes: Sequence[Outcome], sets: Sequence[Sequence[int]], labels: np.ndarray
 ) -> tuple[Accuracy, Accuracy]:
-    """Accuracy on the target classes and on all.
+    """Accuracy on the target classes and on all, mean over sets.
 
     Args:
       outcomes: One for each set, or one that stands for all.
@@ -578,19 +559,10 @@ def pooled(
     """
     if len(outcomes) not in (1, len(sets)):
         raise ValueError(f"outcomes must be 1 or {len(sets)}, as many as sets, not {len(outcomes)}")
-    counts = np.bincount(labels, minlength=len(outcomes[0].correct))
-    each = list(outcomes) if len(outcomes) == len(sets) else [outcomes[0]] * len(sets)
-    pairs = [
-        (sum(o.correct[c] for c in targets), int(counts[list(targets)].sum()))
-        for o, targets in zip(each, sets, strict=True)
-    ]
-    whole = [(sum(o.correct), len(labels)) for o in outcomes]
-    return _accuracy(pairs), _accuracy(whole)
-
-
-def _accuracy(pairs: Sequence[tuple[int, int]]) -> Accuracy:
-    correct, count = (sum(column) for column in zip(*pairs, strict=True))
-    return Accuracy(correct, count, tuple(a / b for a, b in pairs))
+    right = np.stack([unpacked(o.right, len(labels)) for o in outcomes])
+    of_targets = np.stack([np.isin(labels, targets) for targets in sets])
+    each = np.broadcast_to(right, of_targets.shape)
+    return accuracy(each, of_targets, labels), accuracy(right, np.ones_like(right), labels)
 
 
 def grouped(
@@ -613,18 +585,26 @@ def grouped(
     return about
 
 
+def common_sets(
+    outcomes: Sequence[Outcome], sets: Sequence[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """The sets of target classes that every targeted method was run with at every budget."""
+    known: dict[tuple[str, int, str], set[tuple[int, ...]]] = {}
+    for o in outcomes:
+        if o.targets:
+            known.setdefault((o.trains, o.budget, o.method), set()).add(o.targets)
+    return [targets for targets in sets if all(targets in found for found in known.values())]
+
+
 def rows(
     case: Case,
     sets: Sequence[tuple[int, ...]],
     tuned: Sequence[Outcome],
     outcomes: Sequence[Outcome],
-    validation: int,
 ) -> list[dict[str, Any]]:
     """The row fields of the study: row, metric, published, ours, spread, unit, n, note."""
     labels = case.dataset.test_labels
-    whole = Outcome(
-        "", (), "all", 0, 0.0, right_answers(case.graph, case.trained.variables, case.dataset)
-    )
+    whole = _unattacked(case)
     found = _pair("the network as it was", pooled([whole], sets, labels), sets, case, "", None)
     for (trains, budget, method), (group, about) in grouped(outcomes, sets).items():
         who = f"{ATTACKERS[trains]}, {budget:,} samples"
@@ -632,26 +612,41 @@ def rows(
         if not budget:
             who, note = "hidden, before any attack", ""
         published = None
-        if (trains, budget) == ("all", _PUBLISHED_BUDGET):
+        if trains == "all" and _is_published(case, budget):
             published = _PUBLISHED.get(method)
         accuracies = pooled(group, about, labels)
         found += _pair(f"{method}, {who}", accuracies, about, case, note, published)
+    count = len(case.choice.test_labels)
     for outcome in tuned:
-        correct = sum(outcome.correct)
         best = best_rate(tuned, outcome.trains, outcome.method) == outcome.rate
         found.append(
             {
                 "row": f"{outcome.method}, {ATTACKERS[outcome.trains]}, {outcome.budget:,} "
                 f"samples, learning rate {outcome.rate:g}",
-                "metric": "on all classes, held-out training images",
-                "ours": 100 * correct / validation,
-                "spread": interval(correct, validation),
+                "metric": "on all classes, test images to choose by",
+                "ours": 100 * outcome.correct / count,
+                "spread": tuple(100 * v for v in wilson(outcome.correct / count, count)),
                 "unit": "%",
-                "n": validation,
+                "n": count,
                 "note": "taken against this method" if best else "",
             }
         )
     return found
+
+
+def _unattacked(case: Case) -> Outcome:
+    """The network as it was."""
+    right = right_answers(case.graph, case.trained.variables, case.dataset)
+    return Outcome("", (), "all", 0, 0.0, packed(right))
+
+
+def _is_published(case: Case, budget: int) -> bool:
+    """Whether the paper has a figure of this."""
+    return (
+        case.trained.card["name"] == _PUBLISHED_NETWORK
+        and case.share == _PUBLISHED_SHARE
+        and budget == _PUBLISHED_BUDGET
+    )
 
 
 def _pair(
@@ -663,7 +658,7 @@ def _pair(
     shares = ", ".join(f"{100 * share:.1f}" for share in target.by_set)
     about = f"targets {names}" + (f": {shares}" if len(sets) > 1 else "")
     fields = []
-    for metric, accuracy, said, theirs in (
+    for metric, found, said, theirs in (
         ("on the target classes", target, [note, about], published),
         ("on all classes", every, [note], None),
     ):
@@ -672,10 +667,10 @@ def _pair(
                 "row": row,
                 "metric": metric,
                 "published": theirs,
-                "ours": accuracy.percent,
-                "spread": interval(accuracy.correct, accuracy.images),
+                "ours": found.percent,
+                "spread": found.percents,
                 "unit": "%",
-                "n": accuracy.images,
+                "n": found.images,
                 "note": ", ".join(part for part in said if part),
             }
         )
@@ -685,15 +680,20 @@ def _pair(
 def figure(
     case: Case, sets: Sequence[tuple[int, ...]], outcomes: Sequence[Outcome], trains: str
 ) -> Figure:
-    """An attacker's accuracy against its budget, on the target classes and on all."""
+    """An attacker's accuracy against its budget, on the target classes and on all.
+
+    A curve is of the same sets of target classes throughout: those of every budget.
+    """
     labels = case.dataset.test_labels
-    whole = Outcome(
-        "", (), "all", 0, 0.0, right_answers(case.graph, case.trained.variables, case.dataset)
-    )
-    groups = grouped([o for o in outcomes if o.trains == trains and o.budget], sets)
+    whole = _unattacked(case)
+    run = [o for o in outcomes if o.trains == trains and o.budget]
+    common = common_sets(run, sets)
+    groups = grouped([o for o in run if not o.targets or o.targets in common], common)
+    count = f"{len(common)} set{'s' * (len(common) > 1)}"
     drawn = Figure(figsize=(9, 4.4), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
-    for panel, (ax, title) in enumerate(zip(axes, ("target classes", "all classes"), strict=True)):
+    titles = f"On the target classes, {count}", "On all classes"
+    for panel, (ax, title) in enumerate(zip(axes, titles, strict=True)):
         methods = [m for m in _EVERY if any(method == m for *_, method in groups)]
         for place, method in enumerate(methods):
             points = sorted(
@@ -703,15 +703,15 @@ def figure(
             )
             budgets = [budget for budget, _ in points]
             means = [accuracy.percent for _, accuracy in points]
-            spans = np.array([interval(a.correct, a.images) for _, a in points]).T
+            spans = np.array([accuracy.percents for _, accuracy in points]).T
             ax.errorbar(
                 budgets, means, yerr=np.abs(spans - means), color=page.COLOURS[place],
                 marker=page.MARKERS[place], capsize=3, label=method,
                 linestyle="--" if method == SCRATCH else "-",
             )  # fmt: skip
-        level = pooled([whole], sets, labels)[panel].percent
+        level = pooled([whole], common, labels)[panel].percent
         ax.axhline(level, color="#000000", linestyle=":", label="the network as it was")
-        ax.set(xscale="log", xlabel="attacker's samples", ylim=(0, 102), title=f"On {title}")
+        ax.set(xscale="log", xlabel="attacker's samples", ylim=(0, 102), title=title)
         every = sorted({budget for _, budget, _ in groups})
         ax.set_xticks(every, [f"{budget:,}" for budget in every])
         ax.set_xticks([], minor=True)
@@ -748,13 +748,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         targets = None if given.targets is None else _classes(given.targets)
         case = prepare(given.model, given.data_dir, seed=given.seed, share=given.share)
-        study = Study(case, schedule, folder, targets)
         # Of the code that ran, should it change on the way.
         about = origin(data=_data(case), seeds=[case.seed])
+        study = Study(case, schedule, folder, targets, commit=about["commit"])
         tuned, outcomes = study.run()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    fields = rows(case, study.sets, tuned, outcomes, schedule.validation)
+    fields = rows(case, study.sets, tuned, outcomes)
     for row in fields:
         published = "" if row.get("published") is None else f" (published {row['published']})"
         print(f"{row['row']}, {row['metric']}: {row['ours']:.2f} %{published}")
@@ -778,7 +778,8 @@ def _data(case: Case) -> str:
     note = f" ({dataset.note})" if dataset.note else ""
     return (
         f"{dataset.name}: attackers draw from the {len(dataset.train_labels):,} training images, "
-        f"accuracy on all {len(dataset.test_labels):,} test images{note}"
+        f"accuracy on {len(dataset.test_labels):,} test images, learning rates chosen on the "
+        f"other {len(case.choice.test_labels):,}{note}"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import model_protection as study
-from experiments import page
+from experiments import page, target_classes
 from experiments.quickstart_case import Case
 from prune import protect
 
@@ -43,8 +43,8 @@ def protection(case: Case) -> page.Section:
         "NNSlicer and EffectivePath choose by slices of "
         f"{_SCHEDULE.images} training images of each of these digits, Weight by magnitude. From "
         "scratch is the attacker who is given nothing: below it, what is exposed is of no use. "
-        "Each attacker takes, of two learning rates, the one that does better on "
-        f"{_SCHEDULE.validation} other training images."
+        "Each attacker takes, of two learning rates, the one that does better on one half of the "
+        "test images; the table is of the other half."
     )
     html += page.table(
         f"Attacker's accuracy on test images of the digits {names}, and on all",
@@ -86,20 +86,12 @@ def attacked(case: Case, budget: int) -> tuple[tuple[int, ...], dict[str, Protec
     """
     victim = study.prepare("digits_cnn", None, seed=case.seed, share=_SHARE, theta=case.theta)
     dataset = victim.dataset
-    (targets,) = study.target_sets(len(dataset.classes), _SCHEDULE.classes, 1, case.seed)
-    drawn = protect.samples(victim.samples, dataset, budget + _SCHEDULE.validation)
-    samples = drawn._replace(
-        train_images=drawn.train_images[:budget], train_labels=drawn.train_labels[:budget]
-    )
-    held = drawn._replace(
-        test_images=drawn.train_images[budget:], test_labels=drawn.train_labels[budget:]
-    )
+    (targets,) = target_classes.target_sets(len(dataset.classes), _SCHEDULE.classes, 1, case.seed)
+    samples = protect.samples(victim.samples, dataset, budget)
 
     def accuracy(variables: Any) -> tuple[float, float]:
-        correct = study.right_answers(victim.graph, variables, dataset)
-        counts = np.bincount(dataset.test_labels, minlength=len(correct))
-        target = sum(correct[c] for c in targets) / counts[list(targets)].sum()
-        return float(target), sum(correct) / len(dataset.test_labels)
+        right = study.right_answers(victim.graph, variables, dataset)
+        return float(right[np.isin(dataset.test_labels, targets)].mean()), float(right.mean())
 
     found = {}
     for method in (*study.METHODS, study.SCRATCH):
@@ -109,7 +101,7 @@ def attacked(case: Case, budget: int) -> tuple[tuple[int, ...], dict[str, Protec
         for rate in _SCHEDULE.rates:
             how = study.options(victim, _SCHEDULE.epochs, rate)
             made[rate] = study.attack(victim, chosen, samples, how, scratch=scratch)
-        right = {r: sum(study.right_answers(victim.graph, made[r], held)) for r in made}
+        right = {r: study.right_answers(victim.graph, made[r], victim.choice).sum() for r in made}
         best = max(made, key=lambda rate: right[rate])
         before = None if scratch else accuracy(study.attack(victim, chosen, samples, None))
         found[method] = Protection(before, accuracy(made[best]), best)

@@ -2,16 +2,15 @@
 
 import functools
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import jax
 import numpy as np
 
 import nnslicer_jax as nns
-from experiments import page
+from experiments import page, targeted_pruning
 from experiments.quickstart_case import Case
-from prune import compact, criteria, masks, removal
+from prune import compact, criteria, removal
 
 RATIOS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 # The classes that the network is pruned for.
@@ -47,7 +46,9 @@ def pruning(case: Case) -> page.Section:
     rows = []
     before = compact.size(case.graph, case.params)
     for name in ("NNSlicer (targeted)", "Channel"):
-        small = compact.compact(case.graph, case.params, pruned(scores[name], _CHOSEN))
+        small = compact.compact(
+            case.graph, case.params, targeted_pruning.prune(scores[name], _CHOSEN)
+        )
         after = compact.size(small.graph, small.params)
         rows.append([
             name,
@@ -86,17 +87,11 @@ def _scores(case: Case) -> dict[str, Any]:
     }
 
 
-_topk = jax.jit(masks.topk, static_argnums=(1, 2))
-
-
-def pruned(scores: Any, ratio: float) -> Any:
-    """Masks that take away the share `ratio` of every layer's synapses."""
-    return _topk(scores, 1 - Fraction(str(ratio)), "layer")
-
-
 def accuracy(case: Case, scores: Any, ratio: float) -> tuple[float, float]:
     """Accuracy, 0..1, on the test images of the target classes, and on the others."""
-    logits = _logits(case.graph, case.params, pruned(scores, ratio), case.test_images)
+    logits = _logits(
+        case.graph, case.params, targeted_pruning.prune(scores, ratio), case.test_images
+    )
     right = np.asarray(logits).argmax(1) == case.test_labels
     targeted = np.isin(case.test_labels, TARGETS)
     return float(right[targeted].mean()), float(right[~targeted].mean())

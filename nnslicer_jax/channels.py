@@ -59,6 +59,8 @@ def _kept_by_product(graph: Any, node: Any, found: dict[int, int]) -> int | None
         for rank, summed, shared in zip(ranks, contract, batch, strict=True)
     ]
     axis = found.get(node.inputs[side], ranks[side] - 1)
+    if axis in batch[side]:
+        return list(batch[side]).index(axis)
     if axis not in free[side]:
         return None
     return len(batch[0]) + side * len(free[0]) + free[side].index(axis)

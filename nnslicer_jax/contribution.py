@@ -64,7 +64,7 @@ def deltas(graph: Graph, env: Env, means: Mapping[int, jax.Array]) -> list[Term 
         if not any(node.data):
             continue
         if graph.computes(node):
-            if node.key in ("dot_general", "conv_general_dilated") and not all(
+            if node.key in operations.PRODUCTS and not all(
                 graph.values[i].is_float for i in node.outputs
             ):
                 raise UnsupportedError(f"slicing: {node} computes whole numbers, not floats")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnslicer_jax import host_selection
+from nnslicer_jax import host_selection, operations
 from nnslicer_jax.graph import Graph, Node
 from nnslicer_jax.products import product
 
@@ -85,7 +85,7 @@ def product_shapes(graph: Graph) -> list[tuple[int, int, int, int]]:
     return [
         _product_shape(graph, node)
         for node in graph.nodes
-        if node.key in ("dot_general", "conv_general_dilated") and any(node.data)
+        if node.key in operations.PRODUCTS and any(node.data)
     ]
 
 

@@ -48,5 +48,7 @@ ELEMENTWISE = UNARY | NARY
 DECISIONS = frozenset({
     "and", "argmax", "argmin", "eq", "ge", "gt", "is_finite", "le", "lt", "ne", "not", "or", "xor",
 })  # fmt: skip
+# Sums of products of two arrays, along some of their axes.
+PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
 # Element by element too, but they compute nothing of their own.
 ELEMENTWISE_MOVEMENT = IDENTITY | {"broadcast_in_dim"}

@@ -303,7 +303,7 @@ def check_criterion(start: Neuron, outputs: Any, total: int | None) -> np.ndarra
       total: Number of images N; None if it is not known yet.
 
     Raises:
-      ValueError: For another shape, type or range.
+      ValueError: For another shape, type or range, or an image of which nothing is named.
     """
     indices, whose = "class indices", "the model's number of classes"
     if start.name:
@@ -326,6 +326,8 @@ def check_criterion(start: Neuron, outputs: Any, total: int | None) -> np.ndarra
                 f"given {outputs.min()}..{outputs.max()}"
             )
         outputs = outputs.reshape(len(outputs), -1)
+    elif not outputs.any(tuple(range(1, outputs.ndim))).all():
+        raise ValueError("outputs must name at least one of an image's outputs; a row is all False")
     if total is not None and len(outputs) != total:
         raise ValueError(
             f"outputs must have one row for each of {total} images, not {len(outputs)}"

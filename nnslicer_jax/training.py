@@ -135,8 +135,6 @@ def optimizer(options: TrainingOptions, steps: int) -> optax.GradientTransformat
     )
 
 
-# Runs that differ in weights and masks alone, as those of a study do, share one compiled step.
-@functools.lru_cache(maxsize=4)
 def make_step(
     model: nn.Module, options: TrainingOptions, steps: int
 ) -> Callable[..., tuple[TrainState, TrainInfo]]:
@@ -152,6 +150,25 @@ def make_step(
         ``trainable`` as for ``train``, to the next state and the step's TrainInfo. The state
         given is used up.
     """
+    try:
+        hash(model)
+    except TypeError:
+        # Of a list or dictionary among its attributes, say.
+        return _new_step(model, options, steps)
+    return _shared_step(model, options, steps)
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_step(
+    model: nn.Module, options: TrainingOptions, steps: int
+) -> Callable[..., tuple[TrainState, TrainInfo]]:
+    """Runs that differ in weights and masks alone, as those of a study do, share one program."""
+    return _new_step(model, options, steps)
+
+
+def _new_step(
+    model: nn.Module, options: TrainingOptions, steps: int
+) -> Callable[..., tuple[TrainState, TrainInfo]]:
     method = optimizer(options, steps)
 
     def step(

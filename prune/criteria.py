@@ -18,8 +18,6 @@ from nnslicer_jax.fold import leaves
 from nnslicer_jax.graph import Graph, Node, UnsupportedError
 from nnslicer_jax.slices import Slice
 
-_PRODUCTS = ("conv_general_dilated", "dot_general")
-
 
 def kernels(graph: Graph) -> tuple[str, ...]:
     """Names of the prunable parameters, in the order of `graph.params`.
@@ -149,7 +147,7 @@ def _uses(graph: Graph) -> dict[str, tuple[int, ...] | None]:
         if not any(node.data):
             moved = _carried(graph, node, made)
             made.update((ident, moved) for ident in node.outputs if moved)
-        elif node.key in _PRODUCTS and sum(node.data[:2]) == 1:
+        elif node.key in operations.PRODUCTS and sum(node.data[:2]) == 1:
             side = node.data.index(False)
             summed = _summed(node, side)
             for name, places in made.get(node.inputs[side], {}).items():

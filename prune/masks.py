@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SCOPES = ("layer", "global")
+_NUMBERS = (np.bool_, np.integer, np.floating)
 
 
 def topk(scores: Any, keep: float | Fraction, scope: str = "layer") -> Any:
@@ -30,12 +32,16 @@ def topk(scores: Any, keep: float | Fraction, scope: str = "layer") -> Any:
       Masks, bool, True where the entry stays; None where the scores are None.
 
     Raises:
-      ValueError: For a share or scope that is not accepted, no scores, or a score that is NaN.
+      ValueError: For a share or scope that is not accepted, no scores, or one that is no number.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope must be layer or global, not {scope!r}")
     share = _share(keep)
     leaves, structure = jax.tree.flatten(scores)
+    leaves = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
+    for leaf in leaves:
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in _NUMBERS):
+            raise ValueError(f"scores must be integers or floats, not {leaf.dtype}")
     if not leaves or not all(jnp.size(leaf) for leaf in leaves):
         raise ValueError("scores must hold at least one array, and no empty ones")
     for leaf in leaves:
@@ -52,13 +58,28 @@ def topk(scores: Any, keep: float | Fraction, scope: str = "layer") -> Any:
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
-    """The parameters with 0 where the mask is False; leaves whose mask is None stay as they are."""
-    return jax.tree.map(
-        lambda mask, leaf: leaf if mask is None else jnp.where(mask, leaf, 0),
-        masks,
-        params,
-        is_leaf=lambda mask: mask is None,
-    )
+    """The parameters with 0 where the mask is False; leaves whose mask is None stay as they are.
+
+    Raises:
+      ValueError: For a mask that is not bool.
+    """
+
+    def one(path: Any, mask: Any, leaf: Any) -> Any:
+        if mask is None:
+            return leaf
+        check_mask(path, mask)
+        return jnp.where(mask, leaf, 0)
+
+    return jax.tree_util.tree_map_with_path(one, masks, params, is_leaf=lambda mask: mask is None)
+
+
+def check_mask(path: Any, mask: Any) -> None:
+    """Raises ValueError unless the mask at that place of a pytree is bool."""
+    if jnp.result_type(mask) != jnp.bool_:
+        where = jax.tree_util.keystr(path)
+        raise ValueError(
+            f"masks must be bool, not {jnp.result_type(mask)}{where and f' at {where}'}"
+        )
 
 
 def kept(masks: Any) -> tuple[int, int]:
@@ -70,7 +91,7 @@ def kept(masks: Any) -> tuple[int, int]:
 def _share(keep: float | Fraction) -> Fraction:
     try:
         share = Fraction(str(keep))
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if not 0 < share <= 1:
         raise ValueError(f"keep must be above 0 and at most 1, not {keep}")

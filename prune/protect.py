@@ -7,6 +7,8 @@ from the initialiser; everything else (the other synapses, biases, scales, batch
 the attacker's hands as it was, and is either trained on or kept.
 """
 
+import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +18,7 @@ import numpy as np
 
 from nnslicer_jax import training
 from nnslicer_jax.data import Dataset
+from prune.masks import check_mask
 
 TRAINS = ("all", "hidden")
 
@@ -32,7 +35,7 @@ def hide(params: Any, initial: Any, masks: Any) -> Any:
       A pytree like `params`.
 
     Raises:
-      ValueError: If the three do not have the same shapes.
+      ValueError: If the three do not have the same shapes, or masks are not bool.
     """
     kinds = [jax.tree.structure(tree, is_leaf=_is_none) for tree in (params, initial, masks)]
     if kinds.count(kinds[0]) < 3:
@@ -45,7 +48,10 @@ def hide(params: Any, initial: Any, masks: Any) -> Any:
                 "params, initial and masks must have the same shapes, not "
                 f"{', '.join(map(str, shapes))} at {jax.tree_util.keystr(path)}"
             )
-        return leaf if mask is None else jnp.where(mask, first, leaf)
+        if mask is None:
+            return leaf
+        check_mask(path, mask)
+        return jnp.where(mask, first, leaf)
 
     return jax.tree_util.tree_map_with_path(one, masks, params, initial, is_leaf=_is_none)
 
@@ -63,8 +69,11 @@ def samples(key: jax.Array, dataset: Dataset, budget: int) -> Dataset:
       ValueError: For another budget.
     """
     count = len(dataset.train_labels)
-    if not 1 <= budget <= count:
-        raise ValueError(f"budget must be 1..{count}, the number of training images, not {budget}")
+    whole = isinstance(budget, numbers.Integral) and not isinstance(budget, bool)
+    if not whole or not 1 <= budget <= count:
+        raise ValueError(
+            f"budget must be 1..{count}, the number of training images, not {budget!r}"
+        )
     rows = np.asarray(jax.random.permutation(key, count))[:budget]
     return dataset._replace(
         train_images=dataset.train_images[rows], train_labels=dataset.train_labels[rows]
@@ -98,10 +107,16 @@ def retrain(
       The attacker's variables.
 
     Raises:
-      ValueError: For another `trains`, or what `training.train` does not accept.
+      ValueError: For another `trains`, variables or masks without params, or what `training.train`
+        does not accept.
     """
     if trains not in TRAINS:
         raise ValueError(f"trains must be one of {', '.join(TRAINS)}, not {trains!r}")
+    for name, tree in (("exposed", exposed), ("masks", masks)):
+        if not isinstance(tree, Mapping) or "params" not in tree:
+            raise ValueError(
+                f"{name} must hold params, as the variables of {type(model).__name__} do"
+            )
     every = trains == "all"
 
     def trained(mask: Any, leaf: Any) -> np.ndarray:

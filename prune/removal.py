@@ -26,7 +26,6 @@ from nnslicer_jax.fold import leaves
 from nnslicer_jax.graph import Graph, Node
 from prune.masks import apply_masks
 
-PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
 _SUMS = frozenset({"add", "add_any", "sub"})
 _EITHER = _SUMS | {"clamp", "max", "min"}
 _REDUCTIONS = frozenset({"reduce_max", "reduce_min", "reduce_sum"})
@@ -152,7 +151,7 @@ def _life(graph: Graph, node: Node, args: list[Any], known: dict[int, Any]) -> S
         values = [known.get(i, arg) for i, arg in zip(node.inputs, args, strict=True)]
         moved = movement.forward(node, values, [a.astype(jnp.float32) for a in args])
         return [m > 0 for m in moved]
-    if node.key in PRODUCTS:
+    if node.key in operations.PRODUCTS:
         return [_bound(node, *args) > 0]
     read = [a for a, data in zip(args, node.data, strict=True) if data or not any(node.data)]
     if node.key == "mul" or (node.key == "div" and node.data[1:] == (False,)):
@@ -203,7 +202,7 @@ def _wanted(
         given = [b.astype(jnp.float32) for b in back]
         moved = movement.backward(node, values, given, [True] * len(values))
         return [w if m is None else m > 0 for m, w in zip(moved, whole, strict=True)]
-    if node.key in PRODUCTS:
+    if node.key in operations.PRODUCTS:
         numbers = [a.astype(jnp.float32) for a in alive]
         _, pull = jax.vjp(functools.partial(_bound, node), *numbers)
         return [b > 0 for b in pull(back[0].astype(jnp.float32))]
@@ -287,7 +286,7 @@ def known_values(graph: Graph) -> dict[int, Any]:
 
 def _may_be_zero(graph: Graph) -> set[int]:
     """Ids of the parameters whose unused entries may be 0: they are only added and multiplied."""
-    harmless = _SUMS | PRODUCTS | {"mul"} | (operations.MOVEMENT - {*_FIXED})
+    harmless = _SUMS | operations.PRODUCTS | {"mul"} | (operations.MOVEMENT - {*_FIXED})
     bad: set[int] = {*graph.outputs}
     for node in reversed(graph.nodes):
         if node.key not in harmless or any(i in bad for i in node.outputs if not any(node.data)):
@@ -305,7 +304,7 @@ def springs(graph: Graph) -> set[int]:
     for node in graph.nodes:
         if not any(node.data):
             continue
-        if node.key in PRODUCTS:
+        if node.key in operations.PRODUCTS:
             gone.update(node.outputs)
             continue
         if not any(i in gone for i in node.inputs):

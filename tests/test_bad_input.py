@@ -190,10 +190,11 @@ def test_names_of_options():
         (1, ["outputs", "class indices", r"\[N\]"]),
         (np.zeros((4, 1, 1), int), ["outputs", r"\(4, 1, 1\)"]),
         (["a", "b", "c", "d"], ["outputs", "class indices"]),
+        (np.eye(4, k=-1, dtype=bool), ["outputs", "at least one", "all False"]),
     ],
     ids=[
         "too_large", "negative", "one_of_several", "floats", "bools", "too_few", "scalar",
-        "three_axes", "texts",
+        "three_axes", "texts", "all_false",
     ],
 )  # fmt: skip
 def test_criteria(outputs, words):

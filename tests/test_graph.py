@@ -480,3 +480,19 @@ def test_every_neuron_can_be_edited(name):
     outs = jax.jit(lambda p, x: nns.evaluate(graph, p, x, edits=edits)[0])(model.params, x)
     assert_close(outs, model.apply(model.params, x))
     assert seen == [(key, neuron.shape) for key, neuron in graph.neurons().items()]
+
+
+def test_a_constant_that_weights_each_channel_alone_leaves_it_in_front():
+    # Channels are a batch axis of the product, whichever side the constant is on.
+    weights = np.ones((3, 5, 2), np.float32)
+
+    def apply(params, x):
+        x = x @ params
+        one = jnp.einsum("btc,cts->bcs", x, weights)
+        other = jnp.einsum("cts,btc->cbs", weights, jnp.cos(x))
+        return jnp.sinh(one).sum((1, 2), keepdims=True)[:, 0] + jnp.tanh(other).sum((0, 2))[:, None]
+
+    graph = nns.trace(apply, jnp.ones((4, 3)), jnp.ones((1, 5, 4)))
+    for name in ("sinh", "tanh"):
+        neuron = graph.neurons()[name]
+        assert neuron.shape == (3, 2) and neuron.channel == 0, name

@@ -70,6 +70,12 @@ def test_it_is_traceable():
     np.testing.assert_array_equal(topk(scores, 0.75, "global")["w"], [[True, False], [True, True]])
 
 
+def test_plain_numbers_are_scores_too():
+    found = masks.topk({"a": 3, "b": [1.5, 2.5], "c": None}, 0.5, "global")
+    assert found["c"] is None
+    assert [bool(found["a"]), *map(bool, found["b"])] == [True, False, True]
+
+
 def test_masks_are_applied_and_counted():
     params = {"w": jnp.arange(1.0, 5.0), "b": jnp.ones(2)}
     kept = {"w": jnp.asarray([True, False, True, False]), "b": None}
@@ -86,6 +92,18 @@ def test_masks_are_applied_and_counted():
          "keep must be above 0 and at most 1, not 0"),
         (functools.partial(masks.topk, jnp.ones(3), 1.5),
          "keep must be above 0 and at most 1, not 1.5"),
+        (functools.partial(masks.topk, jnp.ones(3), "1/0"),
+         "keep must be above 0 and at most 1, not 1/0"),
+        (functools.partial(masks.topk, jnp.ones(3), None),
+         "keep must be above 0 and at most 1, not None"),
+        (functools.partial(masks.topk, ["a", "b"], 0.5),
+         "scores must be integers or floats, not <U1"),
+        (functools.partial(masks.topk, [1.0, float("nan")], 0.5),
+         "scores must be numbers; some are NaN"),
+        (functools.partial(masks.apply_masks, jnp.ones(3), jnp.asarray([0, 2, 1])),
+         "masks must be bool, not int32"),
+        (functools.partial(masks.apply_masks, {"w": jnp.ones(3)}, {"w": jnp.ones(3)}),
+         "masks must be bool, not float32 at ['w']"),
         (functools.partial(masks.topk, jnp.ones(3), float("nan")),
          "keep must be above 0 and at most 1, not nan"),
         (functools.partial(masks.topk, jnp.ones(3), 0.5, "all"),

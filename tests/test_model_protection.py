@@ -13,12 +13,13 @@ import pytest
 import nnslicer_jax as nns
 from experiments import model_protection as study
 from experiments import quickstart_protection, record
-from experiments.model_protection import Accuracy, Block, Outcome, Schedule
+from experiments.model_protection import Block, Outcome, Schedule
+from experiments.target_classes import accuracy, packed, target_sets, unpacked
 from nnslicer_jax import data, training
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Schedule(
-    classes=3, images=4, profiled=60, rates=(0.01, 0.1), tuning=64, validation=50, epochs=2,
+    classes=3, images=4, profiled=60, rates=(0.01, 0.1), tuning=64, epochs=2,
     blocks=(
         Block("all", 64, ("NNSlicer", "Random", study.SCRATCH), 2),
         Block("hidden", 64, ("EffectivePath", "Random"), 1),
@@ -44,6 +45,10 @@ def finished(case, tmp_path_factory):
 
 
 # ---------------------------------------------------------------- what is hidden
+
+
+def outcome(right):
+    return Outcome("Random", (), "all", 5, 0.1, packed(right))
 
 
 def hidden_counts(chosen):
@@ -114,25 +119,31 @@ def test_the_fresh_start_is_not_that_of_the_training(case):
     assert not (kernels[0] == kernels[1]).any()
 
 
-def test_target_sets_are_different_sets_drawn_by_the_seed():
-    every = study.target_sets(10, 4, 1000, 0)
-    assert len(every) == len(set(every)) == 210
-    assert all(len(set(targets)) == 4 and targets == tuple(sorted(targets)) for targets in every)
-    assert study.target_sets(10, 4, 3, 0) == every[:3] != study.target_sets(10, 4, 3, 1)
-
-
 # ---------------------------------------------------------------- the attack
 
 
-def test_right_answers_are_counted_by_class(case, monkeypatch):
+def test_right_answers_are_those_of_the_network(case, monkeypatch):
     monkeypatch.setattr(study, "_BATCH", 40)
-    correct = study.right_answers(case.graph, case.trained.variables, case.dataset)
+    found = study.right_answers(case.graph, case.trained.variables, case.dataset)
     logits = case.trained.model.apply(
         case.trained.variables, data.to_float(case.dataset.test_images)
     )
-    labels = case.dataset.test_labels
-    right = np.asarray(logits).argmax(1) == labels
-    assert correct == tuple(int(right[labels == c].sum()) for c in range(10))
+    np.testing.assert_array_equal(found, np.asarray(logits).argmax(1) == case.dataset.test_labels)
+    assert outcome(found).correct == found.sum()
+
+
+def test_rates_are_chosen_on_other_test_images_than_are_reported_on():
+    found, whole = study.prepare("digits_cnn", None, seed=0, share=0.5), data.load("digits")
+    halves = [{i.tobytes() for i in d.test_images} for d in (found.choice, found.dataset)]
+    assert not halves[0] & halves[1]
+    assert halves[0] | halves[1] == {i.tobytes() for i in whole.test_images}
+    counts = [np.bincount(d.test_labels) for d in (found.choice, found.dataset)]
+    assert np.abs(counts[0] - counts[1]).max() <= 1 and sum(map(sum, counts)) == 360
+    known = {i.tobytes(): label for i, label in zip(*whole[3:5], strict=True)}
+    for d in (found.choice, found.dataset):
+        assert [known[i.tobytes()] for i in d.test_images] == d.test_labels.tolist()
+    other = study.prepare("digits_cnn", None, seed=1, share=0.5)
+    assert {i.tobytes() for i in other.choice.test_images} != halves[0]
 
 
 def test_an_attack_from_scratch_has_nothing_of_the_network(case):
@@ -152,7 +163,7 @@ def test_an_attack_from_scratch_has_nothing_of_the_network(case):
 
 def test_every_attack_of_the_schedule_is_run_once(case, finished):
     folder, sets, tuned, outcomes = finished
-    assert sets == study.target_sets(10, 3, 2, 0)
+    assert sets == target_sets(10, 3, 2, 0)
     found = [(o.trains, o.budget, o.method, o.targets) for o in outcomes]
     assert len(set(found)) == len(found)
     before = [("all", 0, m, s) for m in study.TARGETED for s in sets]
@@ -172,7 +183,8 @@ def test_every_attack_of_the_schedule_is_run_once(case, finished):
     }
     for o in outcomes:
         rate = study.best_rate(tuned, o.trains, o.method) if o.budget else 0
-        assert o.rate == rate and len(o.correct) == 10
+        assert o.rate == rate and len(unpacked(o.right, 90)) == 90
+    assert all(len(unpacked(o.right, 180)) == 180 for o in tuned)
     kept = {path.name for path in folder.glob("*.json")} - {"run.json"}
     assert len(kept) == len(found) + len(tuned)
     assert not list((folder / "training").iterdir())
@@ -229,6 +241,26 @@ def test_an_attack_that_is_killed_goes_on(case, finished, tmp_path, monkeypatch)
     assert again[-1] == next(o for o in outcomes if (o.budget, o.method) == (64, "Random"))
 
 
+def test_a_rate_at_which_training_diverges_is_not_taken(case, tmp_path, monkeypatch):
+    block = Schedule(**{**dataclasses.asdict(TINY), "blocks": (Block("all", 64, ("Random",), 1),)})
+    attack = study.attack
+
+    def diverges(case, chosen, dataset, how, **others):
+        if how is not None and how.learning_rate == 0.1:
+            raise FloatingPointError("training: loss nan or a weight is not finite at step 1")
+        return attack(case, chosen, dataset, how, **others)
+
+    monkeypatch.setattr(study, "attack", diverges)
+    tuned, outcomes = study.Study(case, block, tmp_path).run()
+    assert [o.correct for o in tuned if o.rate == 0.1] == [0]
+    assert [o.rate for o in outcomes if o.budget] == [0.01]
+    # An attack itself is not made up.
+    monkeypatch.setattr(study, "best_rate", lambda *_: 0.1)
+    (tmp_path / "all_64_Random_any.json").unlink()
+    with pytest.raises(FloatingPointError):
+        study.Study(case, block, tmp_path).run()
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [({"seed": 1}, "seed"), ({"share": 0.25}, "share"), ({"theta": 0.3}, "thetas")],
@@ -240,50 +272,72 @@ def test_a_folder_belongs_to_one_study(case, finished, changed, named):
 
 def test_damaged_outcomes_are_named(case, finished, tmp_path):
     study.Study(case, TINY, tmp_path)
-    for text in ("{", "[]", '{"method": "Random"}'):
-        (tmp_path / "rate_0.01_all_64_NNSlicer_4-5-7.json").write_text(text)
-        with pytest.raises(ValueError, match="_4-5-7.json is not the outcome of an attack; remove"):
+    name = f"rate_0.01_all_64_NNSlicer_{'-'.join(map(str, target_sets(10, 3, 1, 0)[0]))}.json"
+    odd = json.dumps(Outcome("Random", (), "all", 64, 0.01, "no")._asdict())
+    for text in ("{", "[]", '{"method": "Random"}', odd):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(
+            ValueError, match=f"^{name} is not the outcome of an attack; remove it$"
+        ):
             study.Study(case, TINY, tmp_path).run()
-    (tmp_path / "rate_0.01_all_64_NNSlicer_4-5-7.json").write_text(
-        json.dumps(Outcome("NNSlicer", (4, 5, 7), "all", 64, 0.3, (0,) * 10)._asdict())
+    (tmp_path / name).write_text(
+        json.dumps(Outcome("NNSlicer", (4, 5, 7), "all", 64, 0.3, "00")._asdict())
     )
     with pytest.raises(ValueError, match="is of the learning rate 0.3, not 0.01"):
         study.Study(case, TINY, tmp_path).run()
+
+
+def test_a_folder_belongs_to_one_commit_and_one_network(case, tmp_path):
+    study.Study(case, TINY, tmp_path, commit="abc")
+    study.Study(case, TINY, tmp_path, commit="abc")
+    with pytest.raises(ValueError, match="another run, commit was .abc.*; delete the folder or"):
+        study.Study(case, TINY, tmp_path, commit="def")
+    card = {**case.trained.card, "weights_sha256": "0"}
+    other = dataclasses.replace(case, trained=case.trained._replace(card=card))
+    with pytest.raises(ValueError, match="another run, network was"):
+        study.Study(other, TINY, tmp_path, commit="abc")
+    few = case.dataset._replace(test_images=case.dataset.test_images[:80],
+                                test_labels=case.dataset.test_labels[:80])  # fmt: skip
+    with pytest.raises(ValueError, match="another run, data was"):
+        study.Study(dataclasses.replace(case, dataset=few), TINY, tmp_path, commit="abc")
 
 
 # ---------------------------------------------------------------- what is reported
 
 
 def test_the_rate_taken_is_the_best_and_of_equal_ones_the_lowest():
-    def outcome(rate, *correct, trains="all", method="Weight"):
-        return Outcome(method, (), trains, 5, rate, correct)
+    def tried(rate, right, trains="all", method="Weight"):
+        return Outcome(method, (), trains, 5, rate, right)
 
-    tuned = [outcome(0.3, 4, 3), outcome(0.1, 3, 4), outcome(0.2, 0, 6),
-             outcome(0.9, 9, 9, trains="hidden"), outcome(0.8, 9, 9, method="Random")]  # fmt: skip
+    # In binary 7, 7, 6, 18 and 18 ones.
+    tuned = [
+        tried(0.3, "7f00"),
+        tried(0.1, "00fe"),
+        tried(0.2, "0fc0"),
+        tried(0.9, "ffffc0", trains="hidden"),
+        tried(0.8, "ffffc0", method="Random"),
+    ]
     assert study.best_rate(tuned, "all", "Weight") == 0.1
     assert study.best_rate(tuned, "hidden", "Weight") == 0.9
 
 
-def test_intervals_are_wilsons():
-    # p within z standard deviations of the observed share: the roots of that equation.
-    for correct, count in ((3, 10), (50, 50), (0, 7), (812, 1000)):
-        share, z = correct / count, 1.959964
-        roots = np.roots([1 + z**2 / count, -(2 * share + z**2 / count), share**2])
-        expected = 100 * np.sort(roots.real)
-        np.testing.assert_allclose(study.interval(correct, count), expected, atol=1e-5)
-
-
-def test_accuracies_are_pooled_over_sets():
+def test_accuracies_are_those_of_the_sets_and_of_their_images():
     labels = np.array([0, 0, 1, 1, 1, 2])
-    first, second = (Outcome("NNSlicer", s, "all", 5, 0.1, c) for s, c in (
-        ((0,), (2, 1, 0)), ((1, 2), (0, 3, 0))))  # fmt: skip
     sets = [(0,), (1, 2)]
+    right = np.array([[1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 1, 0]], bool)
+    first, second = (
+        Outcome("NNSlicer", s, "all", 5, 0.1, packed(r)) for s, r in zip(sets, right, strict=True)
+    )
+    of = np.array([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], bool)
     target, every = study.pooled([first, second], sets, labels)
-    assert target == Accuracy(5, 6, (1.0, 0.75)) and target.percent == pytest.approx(500 / 6)
-    assert every == Accuracy(6, 12, (0.5, 0.5))
+    assert target == accuracy(right, of, labels) and target.by_set == (1.0, 0.75)
+    assert target.mean == pytest.approx(0.875) and target.images == 6
+    assert every == accuracy(right, np.ones_like(of), labels) and every.by_set == (0.5, 0.5)
+    assert every.images == 6
     # One run that stands for both sets.
     target, every = study.pooled([second], sets, labels)
-    assert target == Accuracy(3, 6, (0.0, 0.75)) and every == Accuracy(3, 6, (0.5,))
+    assert target == accuracy(right[[1, 1]], of, labels) and target.by_set == (0.0, 0.75)
+    assert every == accuracy(right[1:], np.ones((1, 6), bool), labels)
     with pytest.raises(ValueError, match="outcomes must be 1 or 2, as many as sets, not 3"):
         study.pooled([first] * 3, sets, labels)
 
@@ -291,9 +345,9 @@ def test_accuracies_are_pooled_over_sets():
 def test_methods_without_targets_are_about_the_sets_of_those_with():
     sets = [(0, 1), (2, 3)]
     outcomes = [
-        Outcome("NNSlicer", sets[0], "all", 9, 0.1, (1, 0, 0, 0)),
-        Outcome("Random", (), "all", 9, 0.1, (0, 1, 0, 0)),
-        Outcome("Random", (), "all", 5, 0.1, (0, 0, 1, 0)),
+        Outcome("NNSlicer", sets[0], "all", 9, 0.1, "80"),
+        Outcome("Random", (), "all", 9, 0.1, "40"),
+        Outcome("Random", (), "all", 5, 0.1, "20"),
     ]
     found = study.grouped(outcomes, sets)
     assert found["all", 9, "Random"] == ([outcomes[1]], [(0, 1)])
@@ -303,43 +357,69 @@ def test_methods_without_targets_are_about_the_sets_of_those_with():
 
 def test_rows_are_those_of_the_runs_and_fit_the_schema(case, finished):
     _, sets, tuned, outcomes = finished
-    fields = study.rows(case, sets, tuned, outcomes, TINY.validation)
+    fields = study.rows(case, sets, tuned, outcomes)
     about = {"command": "x", "data": "x", "seeds": (0,), "commit": "unknown", "hardware": "x"}
     made = tuple(record.Row(study="model_protection", **row, **about) for row in fields)
     record.Record(title=study.TITLE, text=study.TEXT, rows=made)
     found = {(row.row, row.metric): row for row in made}
     labels = case.dataset.test_labels
     of = [o for o in outcomes if (o.budget, o.method) == (64, "NNSlicer")]
-    right = sum(o.correct[c] for o, targets in zip(of, sets, strict=True) for c in targets)
-    count = sum(int((labels == c).sum()) for targets in sets for c in targets)
+    right = [unpacked(o.right, 90) for o in of]
+    members = [np.isin(labels, targets) for targets in sets]
+    mean = np.mean([r[m].mean() for r, m in zip(right, members, strict=True)])
+    count = np.logical_or(*members).sum()
     row = found["NNSlicer, all trained, 64 samples", "on the target classes"]
-    assert (row.ours, row.n) == (pytest.approx(100 * right / count), count)
+    assert (row.ours, row.n) == (pytest.approx(100 * mean), count)
     assert row.published is None and f"learning rate {of[0].rate:g}" in row.note
     assert row.spread[0] <= row.ours <= row.spread[1]
     whole = study.right_answers(case.graph, case.trained.variables, case.dataset)
     row = found["the network as it was", "on all classes"]
-    assert row.ours == pytest.approx(100 * sum(whole) / 90)
+    assert row.ours == pytest.approx(100 * whole.mean())
     assert "Random, hidden, before any attack" in {row for row, _ in found}
     taken = [row for row in made if row.note == "taken against this method"]
-    assert len(taken) == 5 and all(row.n == TINY.validation for row in taken)
+    assert len(taken) == 5 and all(row.n == 180 for row in taken)
 
 
 def test_published_figures_stand_beside_the_headline_at_their_budget(case):
-    sets = [(0, 1)]
+    sets, some = [(0, 1)], packed(np.arange(90) % 2 == 0)
+    card = {**case.trained.card, "name": "resnet10_cifar10"}
+    of_paper = dataclasses.replace(case, trained=case.trained._replace(card=card))
     outcomes = [
-        Outcome(method, sets[0] if method in study.TARGETED else (), trains, budget, 0.1, (1,) * 10)
+        Outcome(method, sets[0] if method in study.TARGETED else (), trains, budget, 0.1, some)
         for trains in study.ATTACKERS
         for budget in (5_000, 50_000)
         for method in study.METHODS
     ]
-    fields = study.rows(case, sets, [], outcomes, 1)
-    published = {row["row"]: row["published"] for row in fields if row["published"] is not None}
-    assert published == {
+
+    def published(given):
+        fields = study.rows(given, sets, [], outcomes)
+        return {row["row"]: row["published"] for row in fields if row["published"] is not None}
+
+    assert published(of_paper) == {
         "NNSlicer, all trained, 50,000 samples": "below 10",
         "EffectivePath, all trained, 50,000 samples": 90,
         "Weight, all trained, 50,000 samples": "above 30",
         "Random, all trained, 50,000 samples": "above 30",
     }
+    assert published(case) == {}
+    assert published(dataclasses.replace(of_paper, share=0.25)) == {}
+
+
+def test_a_curve_is_of_the_same_sets_throughout():
+    sets = [(0, 1), (2, 3), (4, 5)]
+
+    def of(method, budget, targets):
+        return Outcome(method, targets, "all", budget, 0.1, "80")
+
+    outcomes = [
+        *(of("NNSlicer", 5, s) for s in sets),
+        *(of("EffectivePath", 5, s) for s in sets[:2]),
+        of("NNSlicer", 9, sets[1]),
+        of("Random", 9, ()),
+    ]
+    assert study.common_sets(outcomes, sets) == [(2, 3)]
+    assert study.common_sets(outcomes[:5], sets) == sets[:2]
+    assert study.common_sets(outcomes[-1:], sets) == sets
 
 
 def test_figures_show_the_accuracies(case, finished, tmp_path):
@@ -363,7 +443,7 @@ def test_figures_show_the_accuracies(case, finished, tmp_path):
 def test_schedules_hold_together(name):
     schedule = study.SCHEDULES[name]
     count = 1437 if name == "tiny" else 50_000
-    assert schedule.tuning + schedule.validation <= count and schedule.epochs == 5
+    assert schedule.tuning <= count and schedule.epochs == 5
     assert len(set(schedule.blocks)) == len(schedule.blocks)
     for block in schedule.blocks:
         assert block.budget <= count and block.trains in study.ATTACKERS
@@ -391,7 +471,6 @@ def test_shares_out_of_range(share):
 )
 def test_targets_out_of_range(case, tmp_path, targets, said):
     for call in (
-        lambda: study.check_targets(targets, 10),
         lambda: study.crucial(case, TINY, "NNSlicer", targets),
         lambda: study.Study(case, TINY, tmp_path, targets),
     ):
@@ -410,8 +489,9 @@ def test_schedules_the_data_do_not_allow(case, tmp_path):
     for budget in (0, 1438):
         said = refused(blocks=(Block("all", budget, ("Random",), 1),))
         assert said == f"budget must be 1..1437, the number of training images, not {budget}"
-    said = refused(tuning=1000, validation=438)
-    assert said == "tuning and validation must be at most 1437 images together, not 1000 and 438"
+    for tuning in (0, 1438):
+        said = refused(tuning=tuning)
+        assert said == f"tuning must be 1..1437, the number of training images, not {tuning}"
     assert refused(classes=11) == "a set must hold 1..10 target classes, not 11"
     assert refused(blocks=()) == "max_budget leaves no attack of the schedule"
     assert list(tmp_path.iterdir()) == []
@@ -451,14 +531,14 @@ def test_the_command_line_says_one_line(tmp_path, arguments, said):
 def test_the_section_attacks_every_method(case, monkeypatch):
     monkeypatch.setattr(quickstart_protection, "_SCHEDULE", TINY)
     targets, found = quickstart_protection.attacked(case, 64)
-    assert targets == study.target_sets(10, 3, 1, 0)[0]
+    assert targets == target_sets(10, 3, 1, 0)[0]
     assert list(found) == [*study.METHODS, study.SCRATCH]
     chosen = study.crucial(case, TINY, "Weight", ())
     whole = study.prepare("digits_cnn", None, seed=0, share=0.5).dataset
     hidden = study.attack(case, chosen, whole, None)
-    correct = study.right_answers(case.graph, hidden, whole)
-    assert found["Weight"].before[1] == pytest.approx(sum(correct) / 360)
-    counts = np.bincount(whole.test_labels)[list(targets)].sum()
-    assert found["Weight"].before[0] == pytest.approx(sum(correct[c] for c in targets) / counts)
+    right = study.right_answers(case.graph, hidden, whole)
+    assert found["Weight"].before[1] == pytest.approx(right.mean())
+    of_targets = np.isin(whole.test_labels, targets)
+    assert found["Weight"].before[0] == pytest.approx(right[of_targets].mean())
     assert found[study.SCRATCH].before is None
     assert all(p.rate in TINY.rates and 0 <= p.after[1] <= 1 for p in found.values())

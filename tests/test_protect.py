@@ -150,11 +150,11 @@ def test_a_budget_draws_that_many_pairs_and_larger_ones_hold_smaller_ones():
     assert [bits(image) for image in other.train_images] != before
 
 
-@pytest.mark.parametrize("budget", [0, -1, 41])
+@pytest.mark.parametrize("budget", [0, -1, 41, 7.0, 2.5, "7", None, True])
 def test_budgets_out_of_range(budget):
     with pytest.raises(ValueError) as caught:
         protect.samples(jax.random.key(0), small_data(), budget)
-    said = f"budget must be 1..40, the number of training images, not {budget}"
+    said = f"budget must be 1..40, the number of training images, not {budget!r}"
     assert str(caught.value) == said
 
 
@@ -205,6 +205,25 @@ def test_what_is_given_is_not_used_up():
 def test_unknown_attackers():
     with pytest.raises(ValueError, match="^trains must be one of all, hidden, not 'exposed'$"):
         protect.retrain(Small(), exposed(), chosen(), small_data(), OPTIONS, trains="exposed")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_masks_of_numbers_are_refused(dtype):
+    numbers = jax.tree.map(lambda mask: np.asarray(mask, dtype), chosen())
+    with pytest.raises(ValueError, match=rf"^masks must be bool, not {np.dtype(dtype)} at \["):
+        protect.hide(*networks(), numbers)
+
+
+def test_variables_without_parameters_are_refused():
+    for given, name in (
+        ((exposed()["params"], chosen()), "exposed"),
+        ((exposed(), chosen()["params"]), "masks"),
+        ((exposed(), [True]), "masks"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^{name} must hold params, as the variables of Small"
+        ):
+            protect.retrain(Small(), *given, small_data(), OPTIONS)
 
 
 def test_a_training_option_goes_through(tmp_path):

@@ -161,6 +161,28 @@ def some_trainable(params):
     return jax.tree.map(lambda p: rng.random(p.shape) < 0.5, params)
 
 
+class Sized(Linear):
+    """Linear, with an attribute that cannot be hashed."""
+
+    sizes: dict | None = None
+
+
+def test_a_model_that_cannot_be_hashed_is_trained_all_the_same():
+    model = Sized(sizes={"hidden": [8]})
+    with pytest.raises(TypeError):
+        hash(model)
+    options = dataclasses.replace(OPTIONS, epochs=1)
+    assert_same(
+        training.train(model, tiny_data(), options), training.train(Linear(), tiny_data(), options)
+    )
+
+
+def test_runs_of_one_model_share_a_step():
+    step = training.make_step(Linear(), OPTIONS, 10)
+    assert training.make_step(Linear(), dataclasses.replace(OPTIONS), 10) is step
+    assert training.make_step(Linear(), OPTIONS, 11) is not step
+
+
 def test_training_goes_on_from_given_variables():
     first = training.initialize(Tiny(), OPTIONS, (4, 4, 1))
     before = bits(first)
