@@ -109,7 +109,7 @@ class Case:
         """SHA-256 of the images and labels, and what they are in words."""
         mark = hashlib.sha256(self.data.encode())
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            mark.update(np.ascontiguousarray(array))
+            mark.update(array.tobytes())
         return mark.hexdigest()
 
     @functools.cached_property

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from nnslicer_jax import contribution
+from nnslicer_jax import contribution, operations
 from nnslicer_jax.batches import batches, check_params, count, devices
 from nnslicer_jax.contribution import ROOTS, WEIGHTS, Term, deltas
 from nnslicer_jax.cost import estimate, product_shapes
@@ -459,8 +459,8 @@ def _warn_of_lost(graph: Graph, total: Mapping[int, Any]) -> None:
             continue
         sources: frozenset[int] = frozenset().union(*(made.get(i, ()) for i in node.inputs))
         made |= dict.fromkeys(node.outputs, sources)
-        # Roots are of norms and variances, which no synapse is.
-        if node.key in ROOTS or not any(i in total for i in node.outputs):
+        # Roots are of norms and variances, which no synapse is; decisions say what is selected.
+        if node.key in ROOTS | operations.DECISIONS or not any(i in total for i in node.outputs):
             continue
         if any(i in total for i, read in zip(node.inputs, node.param, strict=True) if read):
             continue
