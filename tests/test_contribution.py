@@ -521,8 +521,8 @@ def test_counts_reach_each_parameter_of_the_weights_shape():
         assert names(lambda p: p["left"] @ p["right"]) == set()
     # Once, and not for each batch.
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
-    with pytest.warns(UserWarning, match="no synapses of scale: reduce_sum"):
-        assert names(lambda p: p["w"] * p["scale"].sum()) == {"w"}
+    with pytest.warns(UserWarning, match="no synapses of score: cumsum"):
+        assert names(lambda p: p["w"] * jnp.cumsum(p["score"], 0)) == {"w"}
     # A constant is no synapse, whatever was done to it.
     assert names(lambda p: jnp.cumsum(mask @ mask.T, 0)[:, :3]) == set()
 
