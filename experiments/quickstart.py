@@ -71,13 +71,14 @@ def run(
     if out.is_dir():
         raise ValueError(f"out must be a file to write, {out} is a folder")
     start = time.monotonic()
+    # Before the run: the clone may change while it lasts.
+    origin = provenance.origin(data="digits", seeds=[seed])
     case = prepare(theta=theta, eps=eps, seed=seed, image=image)
     made = []
     for number, section in enumerate(sections, 1):
         made.append(section(case))
         seconds = time.monotonic() - start
         print(f"{number}/{len(sections)} {made[-1].title}, {seconds:.0f} s", file=sys.stderr)
-    origin = provenance.origin(data="digits", seeds=[seed])
     text = page.render(
         _TITLE,
         _LEAD,

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from experiments import record
 from experiments.page import COLOURS, MARKERS
-from experiments.provenance import ROOT, commit, origin
+from experiments.provenance import ROOT, origin
 from experiments.slice_questions_case import SCHEDULES, Case, Curve, Finding, Sizes, prepare
 from experiments.slice_questions_composed import composed
 from experiments.slice_questions_networks import networks
@@ -47,16 +47,17 @@ TEXT = (
     "NNSlicer's paper names these as open and gives no figures. The spread is the 95 % interval "
     "of the mean, 1.96 standard errors over the n images, channels, sets of classes, pairs of "
     "slices or draws; pairs that share a slice are not independent, which makes theirs too "
-    "narrow. Agreement is the share of test images on which the network cut down to a slice, "
-    "the rest held at its mean, predicts what the whole one does."
+    "narrow. Pairs of images are drawn, at most four for each image. Agreement is the share of "
+    "test images on which the network cut down to a slice, the rest held at its mean, predicts "
+    "what the whole one does."
 )
 
 
 def run(
     questions: Sequence[str], sizes: Sizes, *, model: str, seed: int, folder: Path,
-    figures: Path, data_dir: str | None = None,
-) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
-    """Answers questions, going on where an earlier run of the same options stopped.
+    figures: Path, revision: str, data_dir: str | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Answers questions, going on where an earlier run of the same code and options stopped.
 
     Args:
       questions: Some of `QUESTIONS`.
@@ -65,10 +66,11 @@ def run(
       seed: Of every draw and of the networks trained here.
       folder: Where answers are kept, one file each.
       figures: Where pictures go, one for each question.
+      revision: That of the code which runs.
       data_dir: Folder searched first for the data set.
 
     Returns:
-      Fields of the rows, and the data in words.
+      Fields of the rows, the data in words among them.
 
     Raises:
       ValueError: For an unknown question or network.
@@ -80,7 +82,7 @@ def run(
     case = prepare(model, sizes, seed, data_dir)
     rows: list[dict[str, Any]] = []
     for number, name in enumerate(questions, 1):
-        mark = _fingerprint(case, name)
+        mark = _fingerprint(case, name, revision)
         path = folder / f"{model}_{name}.json"
         found = _load(path, mark)
         state = "kept"
@@ -90,15 +92,14 @@ def run(
                 partial.write_text(json.dumps({"mark": mark, "finding": found._asdict()}))
         with replacing(figures / f"slice_questions_{model}_{name}.png") as partial:
             drawing(found).savefig(partial, format="png", dpi=160)
-        rows += found.rows
+        rows += [{"data": case.data, **row} for row in found.rows]
         seconds = time.monotonic() - start
         print(f"{number}/{len(questions)} {name} {state}, {seconds:.0f} s", file=sys.stderr)
-    return rows, case.data
+    return rows
 
 
-def _fingerprint(case: Case, question: str) -> str:
-    # An answer is that of the code which gave it.
-    options = [commit(), question, case.name, case.seed, case.theta, case.data]
+def _fingerprint(case: Case, question: str, revision: str) -> str:
+    options = [revision, question, case.name, case.weights, case.seed, case.theta, case.digest]
     text = json.dumps([*options, dataclasses.asdict(case.sizes)])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -142,20 +143,22 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
     options = flags.FLAGS
+    # Before the run: the clone may change while it lasts.
+    about = origin(data=options.model, seeds=[options.seed])
     try:
-        rows, data = run(
+        rows = run(
             options.questions,
             SCHEDULES[options.schedule],
             model=options.model,
             seed=options.seed,
             folder=Path(options.folder),
             figures=Path(options.figures),
+            revision=about["commit"],
             data_dir=options.data_dir,
         )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    about = origin(data=data, seeds=[options.seed])
-    made = [record.Row(study="slice_questions", **row, **about) for row in rows]
+    made = [record.Row(study="slice_questions", **(about | row)) for row in rows]
     for row in made:
         spread = "" if row.spread is None else f" ± {row.spread:.1f}"
         shown = "undefined" if row.ours is None else f"{row.ours:.1f}{spread} {row.unit}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -70,6 +71,7 @@ class Case:
 
     Attributes:
       name: Of the network in the zoo.
+      weights: SHA-256 of the file its parameters are read from.
       graph: The traced network.
       params: Its parameters.
       profile: Mean activations over training images.
@@ -84,6 +86,7 @@ class Case:
     """
 
     name: str
+    weights: str
     graph: nns.Graph
     params: Any
     profile: nns.Profile
@@ -100,6 +103,14 @@ class Case:
     def classes(self) -> int:
         """Number of classes."""
         return self.graph.values[self.graph.logits].shape[1]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the images and labels, and what they are in words."""
+        mark = hashlib.sha256(self.data.encode())
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            mark.update(array.tobytes())
+        return mark.hexdigest()
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:
@@ -172,6 +183,7 @@ def prepare(
     note = f" ({dataset.note})" if dataset.note else ""
     return Case(
         name=name,
+        weights=trained.card["weights_sha256"],
         graph=graph,
         params=trained.variables,
         profile=nns.profile(graph, trained.variables, train[: sizes.profiled]),
@@ -206,7 +218,8 @@ class Finding(NamedTuple):
     """The answer to one question; plain data, as JSON keeps it.
 
     Attributes:
-      rows: Fields of `record.Row`: row, metric, ours, spread, unit, n, note.
+      rows: Fields of `record.Row`: row, metric, ours, spread, unit, n, note; data where it is
+        not that of the case.
       curves: Lines of its figure.
       axes: Labels of the figure's axes, x then y.
     """

@@ -114,7 +114,9 @@ def networks(case: Case) -> Finding:
         ):
             metric = f"Jaccard similarity of the two forms' slices, theta {theta:g}"
             rows.append(measured(f"digits, {name}", metric, [one.similarity(other)]))
-    return Finding(rows, curves, ("theta", "%"))
+    # Whatever the case is of.
+    said = f"{digits.name}, all training and test images"
+    return Finding([{**row, "data": said} for row in rows], curves, ("theta", "%"))
 
 
 def _digits(case: Case, name: str, model: nn.Module, params: Any, digits: data.Dataset) -> Case:

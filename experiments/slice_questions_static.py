@@ -1,7 +1,9 @@
 """Static slices, of the weights alone, and conditioned ones, of a stated set, beside dynamic."""
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -35,18 +37,12 @@ def static(case: Case) -> Finding:
         "static of two classes": itertools.combinations(still, 2),
         "conditioned on two classes": itertools.combinations(stated, 2),
         "dynamic of two images of one class": [
-            (single[i], single[j])
-            for i, j in itertools.combinations(range(len(single)), 2)
-            if labels[i] == labels[j]
+            (single[i], single[j]) for i, j in _pairs(rng, labels, alike=True)
         ],
         "dynamic of two images of two classes": [
-            (single[i], single[j])
-            for i, j in itertools.islice(
-                ((i, j) for i, j in itertools.combinations(range(len(single)), 2)
-                 if labels[i] != labels[j]), 4 * len(single),
-            )
+            (single[i], single[j]) for i, j in _pairs(rng, labels, alike=False)
         ],
-    }  # fmt: skip
+    }
     rows = [
         measured(case.name, f"Jaccard similarity, {name}", [a.similarity(b) for a, b in both])
         for name, both in pairs.items()
@@ -63,11 +59,11 @@ def static(case: Case) -> Finding:
     ]
     rows.append(measured(case.name, "agreement, one image under its own dynamic slice", own))
     wholes = {
-        "union of static": union(still), "union of conditioned": union(stated),
-        "union of dynamic": union(single),
+        "union of static": (union(still), []), "union of conditioned": (union(stated), []),
+        "union of dynamic": (union(single), single),
     }  # fmt: skip
-    for name, piece in wholes.items():
-        rows += _agreement(case, name, piece, rng)
+    for name, (piece, parts) in wholes.items():
+        rows += _agreement(case, name, piece, rng, parts)
     sizes_by = {t: [kept(_static(case, k, t)) for k in classes] for t in _THETAS}
     agreeing = {t: _same(case, union([_static(case, k, t) for k in classes])) for t in _THETAS}
     sliced = {t: _conditioned(case, t) for t in _THETAS}
@@ -87,6 +83,35 @@ def _is_bright(images: np.ndarray) -> np.ndarray:
     """Which images are brighter than half of them."""
     level = images.mean((1, 2, 3))
     return level > np.median(level)
+
+
+def _pairs(rng: np.random.Generator, labels: np.ndarray, *, alike: bool) -> np.ndarray:
+    """Pairs of images of one class or of two, drawn: at most four times as many as images."""
+    first, second = np.triu_indices(len(labels), 1)
+    found = np.flatnonzero((labels[first] == labels[second]) == alike)
+    drawn = rng.permutation(found)[: 4 * len(labels)]
+    return np.stack([first[drawn], second[drawn]], 1)
+
+
+def _without(parts: Sequence[nns.Slice]) -> Iterator[nns.Slice]:
+    """For each of some slices the union of the others, as a slice of 0 and 1."""
+
+    def inside(kind: str) -> dict[str, np.ndarray]:
+        found = [getattr(part, kind) for part in parts]
+        return {
+            key: sum((one[key] != 0 for one in found), np.zeros(first.shape, np.int32))
+            for key, first in found[0].items()
+        }
+
+    synapses, neurons = inside("synapses"), inside("neurons")
+    for part in parts:
+        yield dataclasses.replace(
+            part,
+            synapses={
+                k: (synapses[k] > (v != 0)).astype(np.int32) for k, v in part.synapses.items()
+            },
+            neurons={k: (neurons[k] > (v != 0)).astype(np.int32) for k, v in part.neurons.items()},
+        )
 
 
 def _static(case: Case, label: int, theta: float) -> nns.Slice:
@@ -110,11 +135,21 @@ def _same(case: Case, piece: nns.Slice) -> np.ndarray:
     return found == case.predicted[:count]
 
 
-def _agreement(case: Case, name: str, piece: nns.Slice, rng: np.random.Generator) -> list[dict]:
+def _agreement(
+    case: Case, name: str, piece: nns.Slice, rng: np.random.Generator, parts: Sequence[nns.Slice]
+) -> list[dict]:
+    """What a union of slices does; `parts` are those of the first test images in it, if any.
+
+    Such an image is judged by the union of the others: its own slice holds what it needs.
+    """
+    same = _same(case, piece)
+    for i, others in zip(range(len(same)), _without(parts) if parts else (), strict=False):
+        same[i] = case.logits(case.test_images[i : i + 1], others).argmax() == case.predicted[i]
+    note = "an image's own slice left out of the union" if parts else ""
     drawn = [_same(case, shuffled(piece, rng)).mean() for _ in range(case.sizes.draws)]
     row = f"{case.name}, {name} slices of all classes"
     return [
         measured(row, "synapses in it", [kept(piece)]),
-        measured(row, "agreement as a model", _same(case, piece)),
+        measured(row, "agreement as a model", same, note),
         measured(row, "agreement, random synapses", drawn, "draws"),
     ]

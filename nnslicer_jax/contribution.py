@@ -354,10 +354,11 @@ def _numbers(args: list[Term]) -> list[bool]:
     return [movement.is_number(a.value) for a in args]
 
 
-_ROOTS = {"pow", "rsqrt", "sqrt"}
+# They lead to norms and variances, which no synapse is.
+ROOTS = frozenset({"pow", "rsqrt", "sqrt"})
 
 
-@WEIGHTS.register(*(operations.ELEMENTWISE - operations.MOVEMENT - operations.DECISIONS - _ROOTS))
+@WEIGHTS.register(*(operations.ELEMENTWISE - operations.MOVEMENT - operations.DECISIONS - ROOTS))
 def _made_of(node, args, outs, back, how):
     """A weight computed element by element counts for each use of a parameter of its shape.
 

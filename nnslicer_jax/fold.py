@@ -40,7 +40,10 @@ class Rules:
     def __getitem__(self, node: Node) -> Callable:
         rule = self._rules.get(node.key, self._default)
         if rule is None:
-            raise UnsupportedError(f"{self.interpretation}: no rule for {node}")
+            raise UnsupportedError(
+                f"{self.interpretation}: no rule for {node}; accepted are sums, products and "
+                "maxima of any kind, movements of data and elementwise functions"
+            )
         return rule
 
 

@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from nnslicer_jax import contribution
+from nnslicer_jax import contribution, operations
 from nnslicer_jax.batches import batches, check_params, count, devices
-from nnslicer_jax.contribution import WEIGHTS, Term, deltas
+from nnslicer_jax.contribution import ROOTS, WEIGHTS, Term, deltas
 from nnslicer_jax.cost import estimate, product_shapes
 from nnslicer_jax.effective_path import RULES as PATH_RULES
 from nnslicer_jax.effective_path import activations
@@ -39,8 +41,10 @@ _SAVE_EVERY = 60
 # images, make up for compiling it: a second, at 3 ns a term.
 _LARGE = 1e7
 _PAYS = 3e8
-# Images by which a resumed call is known to be the same.
-_MARKED = 256
+# Images hashed at once.
+_HASHED = 1024
+# Names that a warning lists.
+_LISTED = 4
 
 
 class Walk(NamedTuple):
@@ -99,8 +103,9 @@ def slice_network(
         single activations that get CONTRIB 1.
       theta: Size of the slice, 0..1: 0 keeps every term, more keeps fewer.
       rule: "signed" (the paper's) or "mass" (terms do not cancel when theta is applied).
-      per_sample: Keep samples apart instead of summing them. All are held in memory: for
-        very many, call this batch by batch.
+      per_sample: Keep samples apart instead of summing them. All are held in the host's memory,
+        four bytes for each synapse and activation of each sample: for very many, call this
+        batch by batch, as `interpret.features` does.
       batch_size: Samples walked at once, which bounds memory; None chooses by `estimate`.
       neuron: Name of a neuron, as `graph.neurons()` lists it, on which the criterion stands
         instead of the logits. What comes after it has CONTRIB 0.
@@ -109,7 +114,8 @@ def slice_network(
         effective paths) of so many images that compiling `passes` pays.
       progress: Print a line of progress to standard error.
       checkpoint: File to save progress in about once a minute; where it holds progress of the
-        same call, that is resumed. Not with `per_sample`.
+        same call, that is resumed; of an iterable, the images themselves are not compared. Not
+        with `per_sample`.
 
     Returns:
       The slice; the counts are int32 of one sample each, int64 once summed over several. A
@@ -120,6 +126,10 @@ def slice_network(
     Raises:
       ValueError: For an option, class index, shape or range that is not accepted.
       UnsupportedError: For an operation without a rule; it names operation and module.
+
+    Warns:
+      UserWarning: Where weights are made of parameters in a way that leads back to none of them
+        (`a @ b`, `w.sum(0)`); it names them.
     """
     if rule not in ("signed", "mass"):
         raise ValueError(f"rule must be signed or mass, not {rule!r}")
@@ -340,6 +350,9 @@ def seeds_of(start: Neuron, outputs: np.ndarray, size: int) -> np.ndarray:
     seeds = np.zeros((size, *start.shape), np.float32)
     if outputs.dtype == bool:
         seeds[: len(outputs)] = outputs
+    elif not start.shape:
+        # One number, which has no axis of channels.
+        seeds[: len(outputs)] = 1
     else:
         rows = np.arange(len(outputs))[:, None]
         # A view, channels second.
@@ -362,11 +375,11 @@ def _check_span(images: Any, span: tuple[float, float]) -> None:
 
 
 def _fingerprint(job: _Job, images: Any, outputs: Any, about: dict[str, Any]) -> str:
-    """What must be equal for progress to be resumed; of an array's images, some throughout."""
+    """What must be equal for progress to be resumed; the images too, where they are an array."""
     total = count(images)
     mark = hashlib.sha256(json.dumps([about, total, job.walk.rule]).encode())
-    for at in np.linspace(0, total - 1, min(total, _MARKED), dtype=int) if total else ():
-        mark.update(np.asarray(images[at]).tobytes())
+    for start in range(0, total or 0, _HASHED):
+        mark.update(np.ascontiguousarray(images[start : start + _HASHED]).tobytes())
     for leaf in (*leaves(job.graph, job.params), *job.means.values()):
         mark.update(np.ascontiguousarray(leaf).tobytes())
     mark.update(b"" if outputs is None else outputs.tobytes())
@@ -435,6 +448,35 @@ def _walk_one(graph, walk, params, means, theta, sample, seed, real):
     return walk_back(graph, walk.rules, terms, walk.start, seed * real, selection)
 
 
+def _warn_of_lost(graph: Graph, total: Mapping[int, Any]) -> None:
+    """Warns of parameters whose synapses are lost, as a walk is compiled.
+
+    Args:
+      graph: The traced model.
+      total: Value id to what came back to it.
+    """
+    made: dict[int, frozenset[int]] = {i: frozenset([i]) for i in graph.params.values()}
+    for node in graph.nodes:
+        if any(node.data):
+            continue
+        sources: frozenset[int] = frozenset().union(*(made.get(i, ()) for i in node.inputs))
+        made |= dict.fromkeys(node.outputs, sources)
+        # Roots are of norms and variances, which no synapse is; decisions say what is selected.
+        if node.key in ROOTS | operations.DECISIONS or not any(i in total for i in node.outputs):
+            continue
+        if any(i in total for i, read in zip(node.inputs, node.param, strict=True) if read):
+            continue
+        lost = [name for name, i in graph.params.items() if i in sources and i not in total]
+        if lost:
+            names = ", ".join(lost[:_LISTED]) + (", ..." if len(lost) > _LISTED else "")
+            warnings.warn(
+                f"slicing: no synapses of {names}: {node} makes weights of them, through which "
+                "nothing leads back to a single parameter; (x @ a) @ b has synapses where "
+                "x @ (a @ b) has none",
+                stacklevel=2,
+            )
+
+
 def walk_back(
     graph: Graph,
     rules: Rules,
@@ -460,6 +502,7 @@ def walk_back(
     seeds = {graph.logits: jnp.zeros(graph.values[graph.logits].shape)}
     seeds[start.value] = seed.reshape(graph.values[start.value].shape)
     total = backward(graph, rules, terms, seeds, selection, WEIGHTS)
+    _warn_of_lost(graph, total)
     count = (lambda a: a > 0) if selection.rule == "largest" else (lambda a: a)
     synapses = {
         name: count(total[ident]).astype(jnp.int32)

@@ -514,9 +514,15 @@ def test_counts_reach_each_parameter_of_the_weights_shape():
 
     assert names(lambda p: p["w"] * jnp.tanh(p["score"])) == {"w", "score"}
     assert names(lambda p: (p["score"] > 1).astype(jnp.float32) * p["w"]) == {"w"}
-    assert names(lambda p: p["w"] + p["left"] @ p["right"]) == {"w"}
+    with pytest.warns(UserWarning, match="no synapses of left, right: dot_general at the top"):
+        assert names(lambda p: p["w"] + p["left"] @ p["right"]) == {"w"}
     assert names(lambda p: jnp.abs(p["scale"] * p["w"] * mask + bias)) == {"w"}
-    assert names(lambda p: p["left"] @ p["right"]) == set()
+    with pytest.warns(UserWarning, match="no synapses of left, right: dot_general") as caught:
+        assert names(lambda p: p["left"] @ p["right"]) == set()
+    # Once, and not for each batch.
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    with pytest.warns(UserWarning, match="no synapses of score: cumsum"):
+        assert names(lambda p: p["w"] * jnp.cumsum(p["score"], 0)) == {"w"}
     # A constant is no synapse, whatever was done to it.
     assert names(lambda p: jnp.cumsum(mask @ mask.T, 0)[:, :3]) == set()
 

@@ -156,6 +156,37 @@ def test_a_model_without_logits_can_be_sliced_from_a_neuron():
     assert np.any(found.synapses["w"][:, 1]) and not np.any(found.synapses["w"][:, [0, 2, 3]])
 
 
+@pytest.mark.parametrize("outputs", [[0] * 4, [[0]] * 4, [True] * 4])
+def test_a_neuron_of_one_number(outputs):
+    rng = np.random.default_rng(0)
+    params = {"w": rng.integers(1, 4, (3, 4)), "out": rng.integers(1, 4, (4, 2))}
+    params = {name: jnp.asarray(w, jnp.float32) for name, w in params.items()}
+    images = rng.integers(1, 5, (4, 3)).astype(np.float32)
+
+    def apply(p, x):
+        hidden = x @ p["w"]
+        return (hidden * hidden.sum(1)[:, None]) @ p["out"]
+
+    graph = nns.trace(apply, params, images[:1])
+    assert graph.neurons()["reduce_sum"].shape == ()
+    profile = nns.profile(graph, params, images)
+    given = (graph, params, profile, images)
+    found = nns.slice_network(*given, outputs, 0.0, per_sample=True, neuron="reduce_sum")
+    # All weights are positive; what stands still contributes nothing.
+    delta = images - images.mean(0)
+    total = np.sign((delta @ np.asarray(params["w"])).sum(1))
+    hidden = np.sign(delta @ np.asarray(params["w"]))
+    expected = np.sign(delta)[:, :, None] * np.abs(hidden)[:, None] * total[:, None, None]
+    np.testing.assert_array_equal(found.neurons["reduce_sum"], np.ones(4))
+    np.testing.assert_array_equal(found.synapses["w"], expected)
+    assert not np.any(found.synapses["out"])
+    static = nns.static_slice(graph, params, [0], 0.0, neuron="reduce_sum")
+    np.testing.assert_array_equal(static.synapses["w"], np.ones((3, 4)))
+    assert_refused(
+        lambda: nns.slice_network(*given, [1] * 4, neuron="reduce_sum"), "channel indices below 1"
+    )
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

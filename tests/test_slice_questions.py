@@ -30,7 +30,7 @@ from experiments.slice_questions_case import (
 from experiments.slice_questions_composed import composed
 from experiments.slice_questions_neuron import neuron
 from experiments.slice_questions_repair import repair
-from experiments.slice_questions_static import static
+from experiments.slice_questions_static import _agreement, _pairs, _without, static
 
 TINY = Sizes(
     profiled=200, of_class=4, tested=60, channels=2, of_channel=6, subsets=2, known=150, chosen=60,
@@ -46,7 +46,7 @@ def case() -> Case:
 def by_metric(found: Finding) -> dict[tuple[str, str], float]:
     """What was measured, by row and metric; every row is one that a results file takes."""
     origin = {"command": "c", "data": "d", "seeds": (0,), "commit": "unknown", "hardware": "h"}
-    rows = [record.Row(study="slice_questions", **row, **origin) for row in found.rows]
+    rows = [record.Row(study="slice_questions", **(origin | row)) for row in found.rows]
     record.Record(title="t", rows=tuple(rows))
     assert all(0 <= row.ours <= 100 for row in rows if row.unit == "%" and row.ours is not None)
     return {(row.row, row.metric): row.ours for row in rows}
@@ -145,15 +145,47 @@ def test_repairs_and_breaks_make_up_the_accuracy(case):
 
 
 def test_static_and_conditioned_slices_beside_dynamic_ones(case):
-    values = by_metric(static(case))
+    found = static(case)
+    values = by_metric(found)
     same = values["digits_cnn", "Jaccard similarity, dynamic of two images of two classes"]
     assert 0 < same < 100
     sizes = [
         values["digits_cnn", f"synapses in a slice, {kind}"] for kind in ("conditioned", "dynamic")
     ]
     assert sizes[0] > sizes[1] > 0
+    note = [row["note"] for row in found.rows if row["metric"] == "agreement as a model"]
+    assert ["own slice left out" in some for some in note] == [False, False, True]
     row = "digits_cnn, union of conditioned slices of all classes"
     assert values[row, "agreement as a model"] > values[row, "agreement, random synapses"]
+
+
+def test_each_image_is_judged_by_the_union_of_the_others(case):
+    pieces = [case.slice(case.test_images[i : i + 1], case.predicted[i : i + 1]) for i in range(4)]
+    for i, found in enumerate(_without(pieces)):
+        expected = functools.reduce(nns.Slice.union, pieces[:i] + pieces[i + 1 :])
+        for kind in ("synapses", "neurons"):
+            for name, contrib in getattr(expected, kind).items():
+                np.testing.assert_array_equal(getattr(found, kind)[name], contrib != 0)
+    whole = functools.reduce(nns.Slice.union, pieces)
+    row = _agreement(case, "some", whole, np.random.default_rng(0), pieces)[1]
+    same = case.logits(case.test_images[: TINY.tested], whole).argmax(1)
+    for i, others in enumerate(_without(pieces)):
+        same[i] = case.logits(case.test_images[: TINY.tested], others).argmax(1)[i]
+    assert row["ours"] == pytest.approx(100 * (same == case.predicted[: TINY.tested]).mean())
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_pairs_of_images_are_drawn(alike):
+    labels = np.arange(40) % 2
+    drawn = [_pairs(np.random.default_rng(seed), labels, alike=alike) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    for pairs in drawn:
+        assert pairs.shape == (160, 2) and len(set(map(tuple, pairs.tolist()))) == 160
+        assert np.all(pairs[:, 0] < pairs[:, 1]) and pairs[:, 0].max() > 20
+        assert np.all((labels[pairs[:, 0]] == labels[pairs[:, 1]]) == alike)
+    few = _pairs(np.random.default_rng(0), np.array([3, 3, 5]), alike=alike).tolist()
+    assert sorted(few) == ([[0, 1]] if alike else [[0, 2], [1, 2]])
 
 
 # Networks ---------------------------------------------------------------------------------
@@ -212,7 +244,9 @@ def test_networks_are_trained_sliced_and_run(case, monkeypatch):
     }
     monkeypatch.setattr(slice_questions_networks, "NETWORKS", {"graph convolution": (0.1, forms)})
     monkeypatch.setattr(slice_questions_networks, "_THETAS", (0.3,))
-    values = by_metric(slice_questions_networks.networks(case))
+    found = slice_questions_networks.networks(dataclasses.replace(case, data="others"))
+    assert {row["data"] for row in found.rows} == {"digits, all training and test images"}
+    values = by_metric(found)
     accuracies = {
         values[f"digits, graph convolution{form}", "accuracy, whole network"] for form in forms
     }
@@ -233,6 +267,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
             if name == "second" and asked.count(name) == 1:
                 raise KeyboardInterrupt
             rows = [measured(name, "m", [0.0, 1.0], "a note")]
+            if name == "second":
+                rows[0]["data"] = "data of its own"
             return Finding(rows, [Curve("c", [1.0], [2.0], [0.1])], ("x", "y"))
 
         return ask
@@ -242,26 +278,39 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     )
     small = dataclasses.replace(TINY, profiled=20, known=20, chosen=1, of_class=1)
 
-    def run(sizes=small):
+    def run(sizes=small, revision="0123456"):
         return slice_questions.run(
             ["first", "second"], sizes, model="digits_cnn", seed=0, folder=tmp_path / "kept",
-            figures=tmp_path / "figures",
+            figures=tmp_path / "figures", revision=revision,
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
         run()
-    rows, about = run()
+    rows = run()
     assert asked == ["first", "second", "second"]
-    assert [row["row"] for row in rows] == ["first", "second"] and "digits" in about
-    assert run()[0] == rows and len(asked) == 3
+    assert [row["row"] for row in rows] == ["first", "second"]
+    assert "digits" in rows[0]["data"] and rows[1]["data"] == "data of its own"
+    assert run() == rows and len(asked) == 3
     for path in (tmp_path / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
-    # Other options, or a damaged file, ask anew.
-    run(dataclasses.replace(small, draws=3))
+    # Other code, options, weights or data, or a damaged file, ask anew.
+    run(revision="7654321")
     assert len(asked) == 5
+    loaded = prepare("digits_cnn", small, seed=0)
+    images = loaded.test_images.copy()
+    images[-1, 0, 0] += 1
+    for number, changed in enumerate(({"weights": "0" * 64}, {"test_images": images}), 1):
+        other = dataclasses.replace(loaded, **changed)
+        with monkeypatch.context() as patched:
+            patched.setattr(slice_questions, "prepare", lambda *_, other=other: other)
+            run()
+        assert len(asked) == 5 + 2 * number
+    del asked[5:]
+    run(dataclasses.replace(small, draws=3))
+    assert len(asked) == 7
     (tmp_path / "kept" / "digits_cnn_first.json").write_text("{")
     run(dataclasses.replace(small, draws=3))
-    assert len(asked) == 6
+    assert len(asked) == 8
     kept_files = sorted(path.name for path in (tmp_path / "kept").iterdir())
     assert kept_files == ["digits_cnn_first.json", "digits_cnn_second.json"]
     assert json.loads((tmp_path / "kept" / kept_files[0]).read_text())["finding"]["rows"]
@@ -270,7 +319,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="questions: 'third' is not in neuron, composed"):
         slice_questions.run(
-            ["third"], TINY, model="digits_cnn", seed=0, folder=tmp_path, figures=tmp_path
-        )
+            ["third"], TINY, model="digits_cnn", seed=0, folder=tmp_path, figures=tmp_path,
+            revision="0123456",
+        )  # fmt: skip
     assert set(SCHEDULES) == {"cpu", "published"}
     assert list(tmp_path.iterdir()) == []

@@ -346,6 +346,21 @@ def test_progress_of_another_call_is_refused(setting, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_progress_of_other_images_is_refused_wherever_they_differ(setting, tmp_path):
+    run, images, walked = setting
+    many = np.resize(images, (1030, *images.shape[1:]))
+    path = tmp_path / "progress.safetensors"
+    run(many, checkpoint=path, theta=0.25)
+    del walked[:]
+    for row in (1, 1022, 1026):
+        other = many.copy()
+        other[row, -1] += 1
+        with pytest.raises(ValueError, match="another call"):
+            run(other, checkpoint=path, theta=0.25)
+    run(many, checkpoint=path, theta=0.25)
+    assert not walked
+
+
 def test_damaged_progress_is_refused(setting, tmp_path):
     run, *_ = setting
     path = tmp_path / "progress.safetensors"
