@@ -63,6 +63,7 @@ class Schedule(NamedTuple):
       columns: Features selected, at most.
       steps: Options of attacks in place of their defaults.
       oracle: Attacks whose images are also sliced for their true class.
+      classless: Whether detectors by slices of all outputs at once are tried.
     """
 
     train: int
@@ -70,11 +71,12 @@ class Schedule(NamedTuple):
     columns: int
     steps: Mapping[str, Mapping[str, Any]]
     oracle: tuple[str, ...]
+    classless: bool
 
 
 SCHEDULES = {
-    "cpu": Schedule(10_000, 500, 4_000, FEWER_STEPS, ("FGSM 8", "DeepFool L2", "Spatial")),
-    "published": Schedule(10_000, 500, 20_000, {}, tuple(attacks.ATTACKS)),
+    "cpu": Schedule(10_000, 500, 4_000, FEWER_STEPS, ("FGSM 8", "DeepFool L2", "Spatial"), False),
+    "published": Schedule(10_000, 500, 20_000, {}, tuple(attacks.ATTACKS), True),
 }
 
 METHODS = ("NNSlicer", "EffectivePath", "FeatureMap")
@@ -105,6 +107,8 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[float, float]]] = {
         ("GaussianBlur", 0.76, (0.68, 0.70), 0.85),
     )
 }
+# What the paper's figures are of.
+_PUBLISHED_NETWORK = "resnet10_cifar10"
 # Precision, recall, F1.
 PUBLISHED_AVERAGES = {
     "EffectivePath": (0.67, 1.00, 0.80),
@@ -300,6 +304,7 @@ class Study:
       seed: Of every draw.
       folder: Where the stages are.
       commit: The revision of the code that runs.
+      detectors: Those tried.
     """
 
     def __init__(
@@ -317,6 +322,7 @@ class Study:
                 "theta": THETA, "seed": seed,
             },
         )  # fmt: skip
+        self.detectors = DETECTORS + (CLASSLESS_DETECTORS if schedule.classless else ())
         graph, params, profile = setup.graph, setup.params, setup.profile
         self.extract: Mapping[str, features.Extract] = {
             "NNSlicer": features.slices(graph, params, profile, theta=THETA, batch_size=_BATCH),
@@ -479,16 +485,13 @@ class Detector(NamedTuple):
 
 
 # Feature maps are those of the convolutions, which the last layer is not.
-DETECTORS = (
-    *(
-        Detector(method, *variant)
-        for method in METHODS
-        for variant in VARIANTS
-        if (method, variant[0]) != ("FeatureMap", NOT_LAST)
-    ),
-    Detector(CLASSLESS, *PAPER),
-    Detector(CLASSLESS, ALL, "forest"),
+DETECTORS = tuple(
+    Detector(method, *variant)
+    for method in METHODS
+    for variant in VARIANTS
+    if (method, variant[0]) != ("FeatureMap", NOT_LAST)
 )
+CLASSLESS_DETECTORS = (Detector(CLASSLESS, *PAPER), Detector(CLASSLESS, ALL, "forest"))
 
 
 def allowed(graph: nns.Graph, spans: Mapping[str, tuple[int, int]], layers: str) -> np.ndarray:
@@ -607,7 +610,7 @@ def attack_rows(study: Study) -> list[Fields]:
         rows.append(
             {"row": name, "metric": "images fooled", "ours": count, "n": tried, "note": note}
         )
-    for detector in DETECTORS:
+    for detector in study.detectors:
         said = verdicts(study, detector, sets)
         found = {}
         for name in attacks.ATTACKS:
@@ -617,24 +620,45 @@ def attack_rows(study: Study) -> list[Fields]:
                 normal, adversarial = detect.some(said["clean"], which), said[name]
             found[name] = detect.measure(normal, adversarial)
             if (detector.layers, detector.classifier) == PAPER:
-                spread = detect.intervals(normal, adversarial, seed=study.seed)
                 rows += _measured(
-                    f"{name}, {detector.method}", found[name], spread, len(adversarial.flags),
-                    PUBLISHED[name].get(detector.method, ()),
+                    f"{name}, {detector.method}", normal, adversarial, study.seed,
+                    _published(study, name, detector.method),
                 )  # fmt: skip
-        averages += _averages(detector, found)
+        paper = (detector.layers, detector.classifier) == PAPER
+        known = _published(study, None, detector.method) if paper else ()
+        averages += _averages(detector, found, known)
     return [*averages, *rows]
 
 
+def _published(study: Study, attack: str | None, method: str) -> tuple[float, ...]:
+    """The paper's figures of a method, for an attack or on average; none for other networks."""
+    if study.setup.name != _PUBLISHED_NETWORK:
+        return ()
+    return (PUBLISHED_AVERAGES if attack is None else PUBLISHED[attack]).get(method, ())
+
+
 def _measured(
-    row: str, found: detect.Measures, spread: detect.Measures, count: int,
+    row: str, normal: detect.Verdict, adversarial: detect.Verdict, seed: int,
     published: Sequence[float],
 ) -> list[Fields]:  # fmt: skip
+    found = detect.measure(normal, adversarial)
+    spread = detect.intervals(normal, adversarial, seed=seed)
+    count = len(adversarial.flags)
+    # Whether each image counts for the measure, of those it is a share of.
+    shares = {
+        "precision": np.repeat([True, False], [adversarial.flags.sum(), normal.flags.sum()]),
+        "recall": adversarial.flags,
+    }
     rows = []
     # Empty for a method that the paper does not have.
     known = dict(zip(("precision", "recall"), published, strict=False))
     for metric, ours, interval in zip(found._fields, found, spread, strict=True):
         fields = {"row": row, "metric": metric, "ours": ours, "n": count, "spread": interval}
+        if metric in shares and ours is not None:
+            fields["n"] = len(shares[metric])
+        if ours in (0, 1):
+            # Images drawn anew are all alike.
+            fields["spread"] = detect.rate(shares[metric])[1] if metric in shares else None
         if metric in known:
             fields["published"] = known[metric]
         if ours is None:
@@ -643,9 +667,9 @@ def _measured(
     return rows
 
 
-def _averages(detector: Detector, found: Mapping[str, detect.Measures]) -> list[Fields]:
-    paper = (detector.layers, detector.classifier) == PAPER
-    known = PUBLISHED_AVERAGES.get(detector.method, ()) if paper else ()
+def _averages(
+    detector: Detector, found: Mapping[str, detect.Measures], known: Sequence[float]
+) -> list[Fields]:
     rows = []
     for at, metric in enumerate(detect.Measures._fields):
         values = [measures[at] for measures in found.values() if measures[at] is not None]
@@ -700,7 +724,7 @@ def alarm_rows(study: Study) -> list[Fields]:
     right = study.setup.predicted == study.setup.labels
     sets = {"clean": judged_sets(study)["clean"]}
     rows = []
-    for detector in DETECTORS:
+    for detector in study.detectors:
         flags = verdicts(study, detector, sets)["clean"].flags
         kinds = {"clean test images": np.ones(len(right), bool)}
         if (detector.layers, detector.classifier) == PAPER:
@@ -732,7 +756,8 @@ def true_class_rows(study: Study) -> list[Fields]:
             adversarial = said[f"{name}, true class"]
             normal = detect.some(clean, study.attacked(name).which)
             found = detect.measure(normal, adversarial)
-            count, precision, recall = len(adversarial.flags), *PUBLISHED[name][method]
+            precision, recall = _published(study, name, method) or (None, None)
+            count = len(adversarial.flags)
             known = {"row": row, "n": count}
             _, spread = detect.rate(adversarial.flags)
             rows.append(
@@ -779,6 +804,12 @@ ADAPTIVE = {
 }
 
 
+_ABOUT_CLASSLESS = (
+    "`NNSlicer of all outputs` stands for slices made for all outputs at once, which name no "
+    "class; the paper has none. "
+)
+
+
 def text(schedule: Schedule, adaptive: Adaptive) -> str:
     """What a reader needs beside the table."""
     fewer = "; ".join(
@@ -795,21 +826,20 @@ def text(schedule: Schedule, adaptive: Adaptive) -> str:
         f"decision tree on all layers. Of the layers named, a classifier is given the "
         f"k = {schedule.columns:,} features that depend most on the class, at most. A slice made "
         "for a class names it in the last layer's synapses, so a tree that sees them agrees with "
-        "the network under attack as well. `NNSlicer of all outputs` stands for slices made for "
-        "all outputs at once, which name no class; the paper has none. Rows `for the true class` "
-        "judge images sliced for their true class instead, which no detector knows. Recall then "
-        "comes near the published one. Precision does so for NNSlicer where the adversarial "
-        "images stand beside clean ones drawn at random, of which nearly all that the network "
-        "gets wrong are flagged; EffectivePath's is above the published one there, and beside "
-        "their originals alone both are. How the paper did it is not known here. A single tree's "
+        f"the network under attack as well. {_ABOUT_CLASSLESS if schedule.classless else ''}Rows "
+        "`for the true class` judge images sliced for their true class instead, which no detector "
+        "knows: beside their originals, and beside clean images drawn at random, which hold some "
+        "that the network gets wrong. How the paper did it is not known here. A single tree's "
         "leaves are pure: its score is 0 or 1, and its AUROC that of one point. The network's own "
         "confidence is 1 - its probability of the predicted class. The feature adversary knows of "
         "the detectors: it moves an image to where its activations are those of a normal image of "
         f"another class, in {adaptive.steps} steps, and succeeds if it does so for one of "
         f"{adaptive.guides} such images. Averages are over the attacks for which the measure is "
         "defined. Spreads are 95 % intervals: over images drawn anew for precision, recall, F1 "
-        "and AUROC, exact binomial for shares. Times are summed over the runs that made a stage; "
-        "peaks are the process's up to its end, with all stages that it made before."
+        "and AUROC; exact binomial for other shares, and for precision and recall of 0 or 1. Of "
+        "precision n counts the images flagged, of the rest those that fool the network. Times of "
+        "features are summed over the runs that made them, those of other stages are of the run "
+        "that ended them; peaks are the process's up to their end, with all that it made before."
     )
 
 
@@ -866,7 +896,7 @@ def adaptive_rows(study: Study, adaptive: Adaptive) -> list[Fields]:
             )
 
         share(name, "network fooled", fooled)
-        for detector in DETECTORS:
+        for detector in study.detectors:
             said = verdicts(study, detector, clean | {name: judged})
             row = f"{name}, {detector}"
             share(row, "network fooled and not flagged", fooled & ~said[name].flags)
@@ -885,13 +915,13 @@ def adaptive_rows(study: Study, adaptive: Adaptive) -> list[Fields]:
 def judge_all(study: Study, adaptive: Adaptive) -> None:
     """Trains each detector once and keeps what it says of every set."""
     # First, so that their peak of memory is no other stage's.
-    for method in dict.fromkeys(detector.method for detector in DETECTORS):
+    for method in dict.fromkeys(detector.method for detector in study.detectors):
         study.train(method)
     sets = judged_sets(study)
     for eps in adaptive.eps:
         sets[adversary_name(eps)] = adaptive_set(study, adaptive, eps)[1]
     known = true_class_sets(study)
-    for detector in DETECTORS:
+    for detector in study.detectors:
         leaks = detector in map(Detector, _WITH_CRITERION)
         verdicts(study, detector, sets | known if leaks else sets)
 
@@ -918,7 +948,7 @@ def cost_rows(study: Study) -> list[Fields]:
                    + sliced.caveat},
             row | {"metric": "peak memory of the process", "ours": peak, "unit": "MiB",
                    "note": f"target below {_MIB:,} for the features alone, "
-                   f"{_verdict(peak < _MIB)}: network and images are counted too"},
+                   + ("met" if peak < _MIB else "which is less: network and images count here")},
         ]  # fmt: skip
     for name, cost in costs.items():
         stage = {"row": name, "n": cost.whole}
@@ -942,7 +972,7 @@ def run(study: Study, adaptive: Adaptive) -> list[Fields]:
     rows += [*true_class_rows(study), *adaptive_rows(study, adaptive), *cost_rows(study)]
     commits = study.commits()
     if set(commits) - {study.commit}:
-        made = f"features made at {', '.join(commits)}"
+        made = f"stages made at {', '.join(commits)}"
         rows = [row | {"note": "; ".join(filter(None, [row.get("note"), made]))} for row in rows]
     return rows
 

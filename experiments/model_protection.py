@@ -420,12 +420,11 @@ class Study:
             folder,
             {
                 "network": card["weights_sha256"],
-                "data": [
-                    case.dataset.name,
-                    count,
-                    len(case.choice.test_labels),
-                    len(case.dataset.test_labels),
-                ],
+                "data": checkpoint.digest(
+                    (case.dataset.train_images, case.dataset.train_labels)
+                    + (case.choice.test_images, case.choice.test_labels)
+                    + (case.dataset.test_images, case.dataset.test_labels)
+                ),
                 "data_note": case.dataset.note,
                 "seed": case.seed,
                 "share": case.share,
@@ -489,7 +488,7 @@ class Study:
         path = self.folder / name
         self._done += self.schedule.epochs * budget
         if path.is_file():
-            found = _read(path)
+            found = _read(path, len(dataset.test_labels))
             if found.rate != rate:
                 raise ValueError(f"{name} is of the learning rate {found.rate}, not {rate}")
             return found
@@ -531,11 +530,11 @@ class Study:
         return found
 
 
-def _read(path: Path) -> Outcome:
+def _read(path: Path, count: int) -> Outcome:
     try:
         content = json.loads(path.read_text())
         found = Outcome(**{**content, "targets": tuple(content["targets"])})
-        bytes.fromhex(found.right)
+        unpacked(found.right, count)
         return found
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path.name} is not the outcome of an attack; remove it") from None
@@ -752,18 +751,18 @@ def main(argv: Sequence[str]) -> None:
         about = origin(data=_data(case), seeds=[case.seed])
         study = Study(case, schedule, folder, targets, commit=about["commit"])
         tuned, outcomes = study.run()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        fields = rows(case, study.sets, tuned, outcomes)
+        for row in fields:
+            published = "" if row.get("published") is None else f" (published {row['published']})"
+            print(f"{row['row']}, {row['metric']}: {row['ours']:.2f} %{published}")
+        for path in save_figures(case, study.sets, outcomes, Path(given.figures or folder)):
+            print(f"wrote {path.name}")
+        if given.out:
+            made = tuple(record.Row(study="model_protection", **row, **about) for row in fields)
+            record.write(given.out, record.Record(title=TITLE, text=TEXT, rows=made))
+            print(f"wrote {Path(given.out).name}; python -m experiments.report renders it")
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    fields = rows(case, study.sets, tuned, outcomes)
-    for row in fields:
-        published = "" if row.get("published") is None else f" (published {row['published']})"
-        print(f"{row['row']}, {row['metric']}: {row['ours']:.2f} %{published}")
-    for path in save_figures(case, study.sets, outcomes, Path(given.figures or folder)):
-        print(f"wrote {path.name}")
-    if given.out:
-        made = tuple(record.Row(study="model_protection", **row, **about) for row in fields)
-        record.write(given.out, record.Record(title=TITLE, text=TEXT, rows=made))
-        print(f"wrote {Path(given.out).name}; python -m experiments.report renders it")
 
 
 def _classes(words: Sequence[str]) -> list[int]:

@@ -99,7 +99,16 @@ def run(
 
 
 def _fingerprint(case: Case, question: str, revision: str) -> str:
-    options = [revision, question, case.name, case.weights, case.seed, case.theta, case.digest]
+    options = [
+        revision,
+        question,
+        case.name,
+        case.weights,
+        case.seed,
+        case.theta,
+        case.data,
+        case.digest,
+    ]
     text = json.dumps([*options, dataclasses.asdict(case.sizes)])
     return hashlib.sha256(text.encode()).hexdigest()
 

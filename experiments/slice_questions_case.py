@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 import nnslicer_jax as nns
-from nnslicer_jax import data
+from nnslicer_jax import checkpoint, data
 
 # What the networks were sliced with by the paper; 0.2 for others.
 _THETAS = {"lenet5_mnist": 0.1}
@@ -106,11 +105,10 @@ class Case:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the images and labels, and what they are in words."""
-        mark = hashlib.sha256(self.data.encode())
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            mark.update(array.tobytes())
-        return mark.hexdigest()
+        """SHA-256 of the images and labels."""
+        return checkpoint.digest(
+            (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        )
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:

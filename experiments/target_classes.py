@@ -78,7 +78,8 @@ def accuracy(right: np.ndarray, judged: np.ndarray, labels: np.ndarray) -> Accur
     The mean is a sum over images, each adding the share of the sets that judge it and in which it
     is right, divided by the sets' sizes. The variance of the sum is that of these values between
     the images of a class, added up over images and classes; the interval is Wilson's for as many
-    images as would give that variance. It is for these sets; drawing others is not in it.
+    images as would give that variance, or for all of them where nothing varies. It is for these
+    sets; drawing others is not in it.
 
     Args:
       right: `[S, N]` bool, right answers in each set.
@@ -91,10 +92,11 @@ def accuracy(right: np.ndarray, judged: np.ndarray, labels: np.ndarray) -> Accur
     variance = 0.0
     for label in np.unique(labels):
         of_class = values[labels == label]
-        if len(of_class) > 1:
+        # Where nothing varies, rounding leaves a variance that is not 0.
+        if len(of_class) > 1 and np.ptp(of_class):
             variance += len(of_class) * float(of_class.var(ddof=1))
     mean, images = min(float(values.sum()), 1.0), int(judged.any(0).sum())
-    # Where all are right, or none, nothing varies.
+    # Where nothing varies between the images of a class, as many as there are count.
     count = mean * (1 - mean) / variance if variance and 0 < mean < 1 else images
     return Accuracy(mean, *wilson(mean, count), images, tuple((each.sum(1) / sizes).tolist()))
 

@@ -21,6 +21,7 @@ import functools
 import itertools
 import json
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -289,22 +290,23 @@ def own_path(case: Case, targets: Sequence[int]) -> nns.Slice:
     Raises:
       ValueError: If the network gets none of the images right.
     """
-    found = [piece for label in targets for piece in _own_paths(case, label)]
+    found = [piece for label in targets if (piece := _own_path(case, label)) is not None]
     if not found:
         raise ValueError(f"targets {_named(targets)}: no training image of them is predicted right")
-    return functools.reduce(lambda one, other: one + other, found)
+    return functools.reduce(operator.add, found)
 
 
 @functools.cache
-def _own_paths(case: Case, label: int) -> list[nns.Slice]:
-    """The path of each rightly predicted image of a class."""
+def _own_path(case: Case, label: int) -> nns.Slice | None:
+    """The paths of the rightly predicted images of a class together, if there are any."""
     images = _images_of(case, [label])
     found = _logits(case.graph, nns.Masked(case.params, {}, {}), images)
     each = nns.effective_path(
         case.graph, case.params, images, np.full(len(images), label), per_sample=True,
         batch_size=_even(len(images)),
     )  # fmt: skip
-    return [each.sample(int(i)) for i in np.flatnonzero(np.asarray(found).argmax(1) == label)]
+    right = [each.sample(int(i)) for i in np.flatnonzero(np.asarray(found).argmax(1) == label)]
+    return functools.reduce(operator.add, right) if right else None
 
 
 def _even(count: int) -> int:
@@ -767,7 +769,9 @@ def run(case: Case, work: Path, figures: Path, commit: str) -> list[dict[str, An
         work,
         {
             "network": case.trained.card["weights_sha256"],
-            "data": [dataset.name, len(dataset.train_labels), len(dataset.test_labels)],
+            "data": checkpoint.digest(
+                (dataset.train_images, dataset.train_labels, case.tests, case.labels)
+            ),
             "data_note": dataset.note,
             "seed": case.seed,
             "schedule": about,
@@ -867,11 +871,11 @@ def main(argv: Sequence[str]) -> None:
         # Of the code that ran, should it change on the way.
         about = origin(data=_said(case), seeds=[given.seed])
         rows = run(case, Path(given.work), Path(given.figures), about["commit"])
+        made = tuple(record.Row(study="targeted_pruning", **row, **about) for row in rows)
+        out = Path(given.out)
+        record.write(out, record.Record(title=TITLE, text=TEXT, rows=made))
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    made = tuple(record.Row(study="targeted_pruning", **row, **about) for row in rows)
-    out = Path(given.out)
-    record.write(out, record.Record(title=TITLE, text=TEXT, rows=made))
     print(f"wrote {out.name}; python -m experiments.report renders it")
 
 

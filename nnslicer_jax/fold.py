@@ -41,8 +41,8 @@ class Rules:
         rule = self._rules.get(node.key, self._default)
         if rule is None:
             raise UnsupportedError(
-                f"{self.interpretation}: no rule for {node}; accepted are sums, products and "
-                "maxima of any kind, movements of data and elementwise functions"
+                f"{self.interpretation}: no rule for {node}; those with one are named in "
+                "nnslicer_jax/operations.py"
             )
         return rule
 

@@ -87,6 +87,16 @@ def test_of_one_set_of_one_class_it_is_wilsons_of_its_images():
     assert (found.low, found.high) == pytest.approx(wilson(0.65, 19))
 
 
+@pytest.mark.parametrize(("each", "sets"), [(500, 1), (500, 2), (100, 3)])
+def test_answers_that_vary_only_between_classes_leave_an_interval(each, sets):
+    labels = np.repeat(np.arange(4), each)
+    stuck = accuracy(np.tile(labels == 2, (sets, 1)), np.ones((sets, 4 * each), bool), labels)
+    assert stuck.mean == pytest.approx(0.25)
+    assert (stuck.low, stuck.high) == pytest.approx(wilson(0.25, 4 * each))
+    every = accuracy(np.ones((sets, 4 * each), bool), np.ones((sets, 4 * each), bool), labels)
+    assert (every.low, every.high) == pytest.approx(wilson(1.0, 4 * each))
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_where_nothing_varies_the_images_count(value):
     labels = np.repeat(np.arange(2), 4)
