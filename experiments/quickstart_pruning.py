@@ -111,10 +111,13 @@ def _figure(found: dict[str, list[tuple[float, float]]]) -> str:
         target, others = (100 * np.asarray(values) for values in zip(*row, strict=True))
         ax.plot(ratios, target, color=colour, marker=marker, label=name)
         ax.plot(ratios, others, color=colour, marker=marker, linestyle=":", markersize=4)
-    ax.set(xlabel="synapses pruned, %", ylabel="accuracy, %", ylim=(0, 102))
-    drawn.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    for style, digits in (("-", "chosen digits"), (":", "other digits")):
+        ax.plot([], [], color="#888888", linestyle=style, label=digits)
+    # Markers at 0 and 100 stay whole.
+    ax.set(xlabel="synapses pruned, %", ylabel="accuracy, %", ylim=(-3, 103))
+    drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return page.figure(
         drawn,
-        "Curves of accuracy against the share of synapses pruned, one for each method.",
+        "Curves of accuracy against the share of synapses pruned, two for each method.",
         "Accuracy on the chosen digits (lines) and on the others (dotted).",
     )
