@@ -77,6 +77,7 @@ WHOLE = "whole network"
 READINGS = (
     "NNSlicer (targeted), theta 0.5",
     "NNSlicer (targeted), rule mass, theta 0.5",
+    "NNSlicer (targeted), |CONTRIB| of each image added up",
     "NNSlicer (targeted), |CONTRIB| times |w|",
     "EffectivePath, own class of correctly predicted images",
 )
@@ -275,6 +276,18 @@ def sliced(
     )  # fmt: skip
 
 
+def unsigned(case: Case, targets: Sequence[int]) -> nns.Slice:
+    """As `sliced`, but |CONTRIB| of the images are added up: signs of two images do not cancel."""
+    images = _images_of(case, targets)
+    each = nns.slice_network(
+        case.graph, case.params, case.profile, images, np.tile(targets, (len(images), 1)),
+        theta=_THETA, per_sample=True, batch_size=_even(len(images)),
+    )  # fmt: skip
+    synapses = {name: np.abs(contrib).sum(0) for name, contrib in each.synapses.items()}
+    neurons = {name: np.abs(contrib).sum(0) for name, contrib in each.neurons.items()}
+    return dataclasses.replace(each, synapses=synapses, neurons=neurons, per_sample=False)
+
+
 def path(case: Case, targets: Sequence[int]) -> nns.Slice:
     """EffectivePath for the same criterion."""
     images = _images_of(case, targets)
@@ -343,6 +356,7 @@ def reading_scores(case: Case, targets: Sequence[int]) -> dict[str, Any]:
     made = (
         criteria.contributions(graph, params, sliced(case, targets, theta=0.5)),
         criteria.contributions(graph, params, sliced(case, targets, theta=0.5, rule="mass")),
+        criteria.contributions(graph, params, unsigned(case, targets)),
         criteria.weighted(graph, params, sliced(case, targets)),
         criteria.contributions(graph, params, own_path(case, targets)),
     )

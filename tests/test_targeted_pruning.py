@@ -277,6 +277,22 @@ def test_paths_are_those_of_every_image_and_all_outputs(case):
         np.testing.assert_array_equal(found.synapses[name], expected.synapses[name])
 
 
+def test_unsigned_contribs_are_those_of_each_image_added_up(case):
+    images = study._images_of(case, (0, 2))
+    found = study.unsigned(case, (0, 2))
+    added = {name: 0 for name in found.synapses}
+    for image in images:
+        one = nns.slice_network(
+            case.graph, case.params, case.profile, image[None], np.array([[0, 2]]), theta=0.2
+        )
+        for name, contrib in one.synapses.items():
+            added[name] = added[name] + np.abs(contrib)
+    for name, contrib in found.synapses.items():
+        np.testing.assert_array_equal(contrib, added[name])
+    signed = study.sliced(case, (0, 2)).synapses
+    assert any((found.synapses[name] > np.abs(signed[name])).any() for name in signed)
+
+
 def test_fixed_scores_do_not_look_at_sets(case):
     scores = study.fixed_scores(case)
     everything = study.sliced(case, range(10))
