@@ -273,15 +273,19 @@ def test_a_folder_belongs_to_one_study(case, finished, changed, named):
 def test_damaged_outcomes_are_named(case, finished, tmp_path):
     study.Study(case, TINY, tmp_path)
     name = f"rate_0.01_all_64_NNSlicer_{'-'.join(map(str, target_sets(10, 3, 1, 0)[0]))}.json"
-    odd = json.dumps(Outcome("Random", (), "all", 64, 0.01, "no")._asdict())
-    for text in ("{", "[]", '{"method": "Random"}', odd):
+    odd, few = (
+        json.dumps(Outcome("Random", (), "all", 64, 0.01, right)._asdict())
+        for right in ("no", "00")
+    )
+    for text in ("{", "[]", '{"method": "Random"}', odd, few):
         (tmp_path / name).write_text(text)
         with pytest.raises(
             ValueError, match=f"^{name} is not the outcome of an attack; remove it$"
         ):
             study.Study(case, TINY, tmp_path).run()
+    none = packed(np.zeros(len(case.choice.test_labels), bool))
     (tmp_path / name).write_text(
-        json.dumps(Outcome("NNSlicer", (4, 5, 7), "all", 64, 0.3, "00")._asdict())
+        json.dumps(Outcome("NNSlicer", (4, 5, 7), "all", 64, 0.3, none)._asdict())
     )
     with pytest.raises(ValueError, match="is of the learning rate 0.3, not 0.01"):
         study.Study(case, TINY, tmp_path).run()
