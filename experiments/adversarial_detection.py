@@ -287,11 +287,6 @@ def _peak() -> float:
     return peak_bytes() / 2**20
 
 
-def _write_json(path: Path, content: Any) -> None:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-
-
 class Study:
     """A run in a folder: every stage is made once, and read back when it is there.
 
@@ -345,12 +340,11 @@ class Study:
         self._note(stage, Cost(stage, time.monotonic() - start, images, images, _peak()))
 
     def _note(self, stage: str, cost: Cost) -> None:
-        costs = self.costs() | {stage: cost}
-        _write_json(
-            self.folder / "costs.json", {name: found._asdict() for name, found in costs.items()}
-        )
-        if self.commit not in self.commits():
-            _write_json(self.folder / "commits.json", [*self.commits(), self.commit])
+        costs = {name: one._asdict() for name, one in (self.costs() | {stage: cost}).items()}
+        record.write_text(self.folder / "costs.json", json.dumps(costs, indent=1) + "\n")
+        if self.commit not in (known := self.commits()):
+            commits = json.dumps([*known, self.commit], indent=1)
+            record.write_text(self.folder / "commits.json", commits + "\n")
         if cost.images >= cost.whole:
             print(
                 f"{stage}: {cost.seconds:,.0f} s, peak {cost.peak_mib:,.0f} MiB",
@@ -482,6 +476,11 @@ class Detector(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.method}, {self.classifier}, {self.layers}"
+
+    @property
+    def as_published(self) -> bool:
+        """Whether it is the paper's way."""
+        return (self.layers, self.classifier) == PAPER
 
 
 # Feature maps are those of the convolutions, which the last layer is not.
@@ -619,13 +618,12 @@ def attack_rows(study: Study) -> list[Fields]:
                 which = study.attacked(name).which
                 normal, adversarial = detect.some(said["clean"], which), said[name]
             found[name] = detect.measure(normal, adversarial)
-            if (detector.layers, detector.classifier) == PAPER:
+            if detector.as_published:
                 rows += _measured(
                     f"{name}, {detector.method}", normal, adversarial, study.seed,
                     _published(study, name, detector.method),
                 )  # fmt: skip
-        paper = (detector.layers, detector.classifier) == PAPER
-        known = _published(study, None, detector.method) if paper else ()
+        known = _published(study, None, detector.method) if detector.as_published else ()
         averages += _averages(detector, found, known)
     return [*averages, *rows]
 
@@ -727,7 +725,7 @@ def alarm_rows(study: Study) -> list[Fields]:
     for detector in study.detectors:
         flags = verdicts(study, detector, sets)["clean"].flags
         kinds = {"clean test images": np.ones(len(right), bool)}
-        if (detector.layers, detector.classifier) == PAPER:
+        if detector.as_published:
             kinds |= {"those predicted rightly": right, "those predicted wrongly": ~right}
         for kind, which in kinds.items():
             fields: Fields = {"row": str(detector), "metric": f"flagged of {kind}"}
@@ -755,30 +753,19 @@ def true_class_rows(study: Study) -> list[Fields]:
                 continue
             adversarial = said[f"{name}, true class"]
             normal = detect.some(clean, study.attacked(name).which)
-            found = detect.measure(normal, adversarial)
-            precision, recall = _published(study, name, method) or (None, None)
-            count = len(adversarial.flags)
-            known = {"row": row, "n": count}
-            _, spread = detect.rate(adversarial.flags)
-            rows.append(
-                known | {"metric": "recall", "ours": found.recall, "spread": spread,
-                         "published": recall}
-            )  # fmt: skip
-            drawn = found.recall / (found.recall + alarms) if found.recall + alarms else None
-            spread = detect.intervals(normal, adversarial, seed=study.seed).precision
-            wrong = len(clean.flags) - len(setup.right)
-            for metric, ours, interval, note in (
-                ("precision", found.precision, spread, "beside their originals"),
-                ("precision beside clean images", drawn, None,
-                 f"beside as many of all {len(clean.flags)} clean images drawn, of which the "
-                 f"network gets {wrong} wrong"),
-            ):  # fmt: skip
-                if ours is None:
-                    note, interval = "nothing was flagged", None
-                rows.append(
-                    known | {"metric": metric, "ours": ours, "spread": interval, "note": note,
-                             "published": precision}
-                )  # fmt: skip
+            published = _published(study, name, method)
+            precision, recall, *_ = _measured(row, normal, adversarial, study.seed, published)
+            precision.setdefault("note", "beside their originals")
+            share, wrong = recall["ours"], len(clean.flags) - len(setup.right)
+            drawn = {
+                "row": row, "metric": "precision beside clean images",
+                "n": len(adversarial.flags),
+                "ours": share / (share + alarms) if share + alarms else None,
+                "published": precision.get("published"),
+                "note": f"beside as many of all {len(clean.flags)} clean images drawn, of which "
+                f"the network gets {wrong} wrong" if share + alarms else "nothing was flagged",
+            }  # fmt: skip
+            rows += [recall, precision, drawn]
     return rows
 
 

@@ -518,8 +518,7 @@ class Study:
                 raise
             right = np.zeros(len(dataset.test_labels), bool)
         found = Outcome(method, targets, trains, budget, rate, packed(right))
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(found._asdict()) + "\n")
+        record.write_text(path, json.dumps(found._asdict()) + "\n")
         # Only now: a run that is killed in between is not begun again.
         shutil.rmtree(where, ignore_errors=True)
         share = found.correct / len(dataset.test_labels)

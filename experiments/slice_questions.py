@@ -88,8 +88,7 @@ def run(
         state = "kept"
         if found is None:
             found, state = QUESTIONS[name](case), "answered"
-            with replacing(path) as partial:
-                partial.write_text(json.dumps({"mark": mark, "finding": found._asdict()}))
+            record.write_text(path, json.dumps({"mark": mark, "finding": found._asdict()}))
         with replacing(figures / f"slice_questions_{model}_{name}.png") as partial:
             drawing(found).savefig(partial, format="png", dpi=160)
         rows += [{"data": case.data, **row} for row in found.rows]

@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments.slice_questions_case import Case, Finding, curve, measured, rectified
 from nnslicer_jax import deviation
+from nnslicer_jax.batches import filled
 
 _COUNTS = (1, 2, 4, 8, 16, 32)
 _SLICED = 64
@@ -112,10 +113,9 @@ def _judged(case: Case, images: np.ndarray, labels: np.ndarray, start: int, end:
     order = case.logits(images).argsort(1)
     names = rectified(case.graph)
     parts = []
-    for first in range(0, len(images), _SLICED):
-        rows = np.minimum(np.arange(first, first + _SLICED), len(images) - 1)
+    for rows in filled(len(images), _SLICED):
         piece = case.slice(images[rows], order[rows, -1], per_sample=True)
         found = piece.channels()
-        parts.append({name: found[name][: len(images) - first] for name in names})
+        parts.append({name: found[name][: len(images) - rows[0]] for name in names})
     contrib = {name: np.concatenate([part[name] for part in parts]) for name in names}
     return Judged(images, labels, order[:, -1], order[:, -2], contrib)

@@ -47,6 +47,7 @@ from experiments.target_classes import (
     unpacked,
 )
 from nnslicer_jax import checkpoint, data, training
+from nnslicer_jax.batches import filled
 from nnslicer_jax.progress import Progress
 from prune import compact, criteria, masks, removal
 
@@ -266,23 +267,20 @@ def _images_of(case: Case, targets: Iterable[int]) -> np.ndarray:
 
 
 def sliced(
-    case: Case, targets: Sequence[int], theta: float = _THETA, rule: str = "signed"
-) -> nns.Slice:
+    case: Case, targets: Sequence[int], theta: float = _THETA, rule: str = "signed", *,
+    per_sample: bool = False,
+) -> nns.Slice:  # fmt: skip
     """NNSlicer's slice for the criterion (images of the classes, all their outputs)."""
     images = _images_of(case, targets)
     return nns.slice_network(
         case.graph, case.params, case.profile, images, np.tile(targets, (len(images), 1)),
-        theta=theta, rule=rule, batch_size=_even(len(images)),
+        theta=theta, rule=rule, per_sample=per_sample, batch_size=_even(len(images)),
     )  # fmt: skip
 
 
 def unsigned(case: Case, targets: Sequence[int]) -> nns.Slice:
     """As `sliced`, but |CONTRIB| of the images are added up: signs of two images do not cancel."""
-    images = _images_of(case, targets)
-    each = nns.slice_network(
-        case.graph, case.params, case.profile, images, np.tile(targets, (len(images), 1)),
-        theta=_THETA, per_sample=True, batch_size=_even(len(images)),
-    )  # fmt: skip
+    each = sliced(case, targets, per_sample=True)
     synapses = {name: np.abs(contrib).sum(0) for name, contrib in each.synapses.items()}
     neurons = {name: np.abs(contrib).sum(0) for name, contrib in each.neurons.items()}
     return dataclasses.replace(each, synapses=synapses, neurons=neurons, per_sample=False)
@@ -393,14 +391,11 @@ def reduced(graph: nns.Graph, params: Any, kept: Any) -> nns.Masked:
 
 def logits(graph: nns.Graph, network: nns.Masked, images: np.ndarray) -> np.ndarray:
     """Logits `[N, K]` of images."""
-    size = min(_BATCH, len(images))
-    found: list[np.ndarray] = []
-    for start in range(0, len(images), size):
-        # The last batch reaches back, so that one shape is compiled.
-        start = min(start, len(images) - size)
-        new = sum(len(part) for part in found) - start
-        found.append(np.asarray(_logits(graph, network, images[start : start + size]))[new:])
-    return np.concatenate(found)
+    found = [
+        np.asarray(_logits(graph, network, images[which]))
+        for which in filled(len(images), min(_BATCH, len(images)))
+    ]
+    return np.concatenate(found)[: len(images)]
 
 
 def ranked(case: Case, network: nns.Masked) -> np.ndarray:
@@ -490,14 +485,17 @@ def untuned(case: Case, size: int, ledger: Ledger) -> Curves:
         found[method][ratio] = [judge(np.asarray(order), case.labels, targets) for targets in sets]
     line = Progress(f"sets of {size}: pruned", len(sets), "sets")
     for number, targets in enumerate(sets, 1):
-
-        def of_set(targets: Sequence[int] = targets) -> dict[str, list[Answers]]:
-            return _judged_at(case, targeted_scores(case, targets), targets)
-
-        part = ledger.part(f"{size}/{_named(targets)}", of_set)
-        _append(found, part)
+        _append(found, _targeted(case, targets, ledger))
         line.at(number)
     return found
+
+
+def _targeted(case: Case, targets: Sequence[int], ledger: Ledger) -> Any:
+    """The ledger's answers for a set by the methods that look at it."""
+    return ledger.part(
+        f"{len(targets)}/{_named(targets)}",
+        lambda: _judged_at(case, targeted_scores(case, targets), targets),
+    )
 
 
 def _judged_at(
@@ -530,11 +528,10 @@ def readings(case: Case, ledger: Ledger) -> Curves:
     for number, targets in enumerate(sets, 1):
 
         def of_set(targets: Sequence[int] = targets) -> dict[str, list[Answers]]:
-            scores = targeted_scores(case, targets) | reading_scores(case, targets)
-            return _judged_at(case, scores, targets)
+            return _judged_at(case, reading_scores(case, targets), targets)
 
-        part = ledger.part(f"readings/{_named(targets)}", of_set)
-        _append(found, part)
+        _append(found, _targeted(case, targets, ledger))
+        _append(found, ledger.part(f"readings/{_named(targets)}", of_set))
         line.at(number)
     return found
 

@@ -178,6 +178,9 @@ def effective_path(
     Raises:
       ValueError: For an option, class index or shape that is not accepted.
       UnsupportedError: For an operation without a rule; it names operation and module.
+
+    Warns:
+      UserWarning: As `slice_network`.
     """
     job = _job(
         graph, params, images, PATH_RULES, "largest", theta, per_sample, batch_size, neuron, select
@@ -469,10 +472,11 @@ def _warn_of_lost(graph: Graph, total: Mapping[int, Any]) -> None:
         lost = [name for name, i in graph.params.items() if i in sources and i not in total]
         if lost:
             names = ", ".join(lost[:_LISTED]) + (", ..." if len(lost) > _LISTED else "")
+            product = node.key in operations.PRODUCTS
+            advice = "; (x @ a) @ b has synapses where x @ (a @ b) has none" if product else ""
             warnings.warn(
                 f"slicing: no synapses of {names}: {node} makes weights of them, through which "
-                "nothing leads back to a single parameter; (x @ a) @ b has synapses where "
-                "x @ (a @ b) has none",
+                f"nothing leads back to a single parameter{advice}",
                 stacklevel=2,
             )
 

@@ -52,6 +52,9 @@ def static_slice(
     Raises:
       ValueError: For an option, class index or parameters that are not accepted.
       UnsupportedError: Where the model takes data from places that depend on the sample.
+
+    Warns:
+      UserWarning: As `slice_network`.
     """
     if rule not in ("signed", "mass"):
         raise ValueError(f"rule must be signed or mass, not {rule!r}")
