@@ -8,18 +8,21 @@ out some products anew; it serves for the operations that do not leave the first
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from nnslicer_jax import operations
-from nnslicer_jax.fold import Rules, check_batch, check_names, forward, leaves, run
+from nnslicer_jax.first_order import quick
+from nnslicer_jax.fold import Rules, check_batch, check_names, forward, leaves, rerun, run
 from nnslicer_jax.graph import Graph, Neuron, Node, Value
 
 Arrays = tuple[jax.Array, ...]
 Edits = Mapping[str, Callable[[jax.Array], jax.Array]]  # neuron name -> edit of its activation
+
+BatchEdits = Mapping[str, Callable[[jax.Array], jax.Array]]  # neuron name -> edit of a batch of it
 
 _SAME_SHAPE = operations.ELEMENTWISE | operations.IDENTITY
 
@@ -48,7 +51,7 @@ def evaluate(
     check_batch(graph, x)
     check_names(graph, edits or {})
     neurons = graph.neurons()
-    rules = Rules("evaluate", default=functools.partial(_run_all, graph))
+    rules = Rules("evaluate", default=functools.partial(run_batch, graph))
     changes = {}
     if edits:
         rules.register(operations.CUSTOM_DERIVATIVE)(_body_outputs)
@@ -57,6 +60,69 @@ def evaluate(
     outs = [_batch(env[i], graph.values[i], len(x)) for i in graph.outputs]
     activations = {name: env[n.value].reshape(len(x), *n.shape) for name, n in neurons.items()}
     return jax.tree.unflatten(graph.out_tree, outs), activations
+
+
+class Evaluated(NamedTuple):
+    """A batch that has been run once, and what runs it again under edits.
+
+    Attributes:
+      logits: `[B, K]`, of the network as it is.
+      activations: Neuron name to `[B, ...]`, of the network as it is.
+      again: Function of edits, each of a whole batch `[B, ...]` of activations, to the logits
+        under them.
+    """
+
+    logits: jax.Array
+    activations: Mapping[str, jax.Array]
+    again: Callable[[BatchEdits], jax.Array]
+
+
+def evaluated(graph: Graph, params: Any, x: jax.Array) -> Evaluated:
+    """The model on a batch, ready to be run again under edits that depend on the sample.
+
+    What lies behind no edited activation is not run again, so a loop that tries many edits holds
+    only the rest of the network. Pure and traceable; what runs again has first derivatives in
+    reverse mode, for what the edits close over only.
+
+    Args:
+      graph: The traced model.
+      params: The parameters, structured as they were traced.
+      x: `[B, ...]`, samples of the traced shape.
+
+    Raises:
+      ValueError: For a wrong shape, an unknown neuron, or params of another structure.
+    """
+    check_batch(graph, x)
+    neurons = graph.neurons()
+    rules = Rules("evaluate", default=functools.partial(run_batch, graph))
+    env = forward(graph, rules, [*leaves(graph, params), x])
+    changed = Rules("evaluate", default=functools.partial(_run_quick, graph))
+    changed.register(operations.CUSTOM_DERIVATIVE)(_body_outputs)
+
+    def again(edits: BatchEdits) -> jax.Array:
+        check_names(graph, edits)
+        changes = {neurons[n].value: _on_batch(neurons[n], edit) for n, edit in edits.items()}
+        found = rerun(graph, changed, env, changes)[graph.logits]
+        return _batch(found, graph.values[graph.logits], len(x))
+
+    activations = {name: env[n.value].reshape(len(x), *n.shape) for name, n in neurons.items()}
+    logits = _batch(env[graph.logits], graph.values[graph.logits], len(x))
+    return Evaluated(logits, activations, again)
+
+
+def _run_quick(graph: Graph, node: Node, *args: jax.Array) -> Arrays:
+    """As `run_batch`, in the form whose gradient is quicker where there is one."""
+    shapes = [graph.values[i].shape for i in (*node.inputs[:1], *node.outputs)]
+    found = quick(node, *args) if all(map(_leads, shapes)) else None
+    return run_batch(graph, node, *args) if found is None else found
+
+
+def _on_batch(neuron: Neuron, edit: Callable) -> Callable[[jax.Array], jax.Array]:
+    def edited(activation: jax.Array) -> jax.Array:
+        found = edit(activation.reshape(len(activation), *neuron.shape))
+        return found.reshape(activation.shape)
+
+    return edited
 
 
 def _batch(out: jax.Array, value: Value, size: int) -> jax.Array:
@@ -90,8 +156,8 @@ def _on_samples(neuron: Neuron, edit: Callable) -> Callable[[jax.Array], jax.Arr
     return all_edited
 
 
-def _run_all(graph: Graph, node: Node, *args: jax.Array) -> Arrays:
-    """Runs a node that reads the sample.
+def run_batch(graph: Graph, node: Node, *args: jax.Array) -> Arrays:
+    """Runs a node that reads the sample on a batch.
 
     Args:
       graph: The traced model.

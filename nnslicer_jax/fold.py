@@ -84,6 +84,33 @@ def forward(
     return env
 
 
+def rerun(graph: Graph, rules: Rules, env: Env, edits: Mapping[int, Callable[[Any], Any]]) -> Env:
+    """Runs anew what lies behind edited values; the rest of `env` stays.
+
+    Args:
+      graph: The traced model.
+      rules: The interpretation.
+      env: What is carried at each value id without the edits.
+      edits: Value id to a map of what is carried there.
+
+    Returns:
+      What is carried at each value id under the edits.
+    """
+    env = list(env)
+    behind = set(edits)
+    for ident, edit in edits.items():
+        # A value behind another edit is overwritten below.
+        env[ident] = edit(env[ident])
+    for node in graph.nodes:
+        if behind.isdisjoint(node.inputs):
+            continue
+        outs = rules[node](node, *[env[i] for i in node.inputs])
+        for ident, value in zip(node.outputs, outs, strict=True):
+            env[ident] = edits[ident](value) if ident in edits else value
+        behind.update(node.outputs)
+    return env
+
+
 def backward(
     graph: Graph,
     rules: Rules,
