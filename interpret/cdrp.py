@@ -121,6 +121,24 @@ def load_routes(path: str | Path) -> Routes:
     return Routes(layers=layers, options=about["options"], **arrays)
 
 
+def joined(parts: Sequence[Routes]) -> Routes:
+    """The routes of several sets of images as those of one.
+
+    Raises:
+      ValueError: For no parts, or parts of different layers or options.
+    """
+    if not parts:
+        raise ValueError("parts is empty; it must hold at least one set of routes")
+    first = parts[0]
+    for other in parts[1:]:
+        if dict(other.layers) != dict(first.layers) or dict(other.options) != dict(first.options):
+            raise ValueError("parts must be routes of the same layers, made with the same options")
+    arrays: dict[str, Any] = {
+        k: np.concatenate([getattr(part, k) for part in parts]) for k in ("gates", *_PER_IMAGE)
+    }
+    return dataclasses.replace(first, **arrays)
+
+
 def route(
     graph: Graph,
     params: Any,
@@ -175,7 +193,7 @@ def route(
     line = Progress("routed", total, "images") if progress else None
     made = []
     for batch in batches(graph, images, batch_size):
-        found = _descend(
+        found = descend(
             graph, control.frozen(layers), params, across_devices(batch.images),
             iterations, numbers_,
         )  # fmt: skip
@@ -239,14 +257,27 @@ class DescentState(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _descend(
+def descend(
     graph: Graph,
     static: tuple[tuple[str, int, int], ...],
     params: Any,
     images: jax.Array,
-    iterations: jax.Array,
+    iterations: int | jax.Array,
     by: Descent,
 ) -> dict[str, jax.Array]:
+    """The compiled loop behind `route`, for one batch.
+
+    Args:
+      graph: The traced model.
+      static: Where gates stand, as `gates.frozen` gives it.
+      params: The parameters.
+      images: `[B, ...]`.
+      iterations: Steps.
+      by: What a step is taken with.
+
+    Returns:
+      What `Routes` holds of the images, by name.
+    """
     layers = control.thawed(static)
     network = evaluated(graph, params, images)
     target = jax.nn.softmax(network.logits.astype(jnp.float32))
@@ -258,7 +289,9 @@ def _descend(
         loss = distance + by.gamma * jnp.abs(gates).sum(-1)
         return loss.sum(), (loss, jnp.argmax(out, -1) == predicted)
 
-    def judged(i: jax.Array, state: DescentState, loss: jax.Array, same: jax.Array) -> DescentState:
+    def judged(
+        i: int | jax.Array, state: DescentState, loss: jax.Array, same: jax.Array
+    ) -> DescentState:
         # Run again, the network's own logits may differ by a rounding; the start always counts.
         same = (same & jnp.isfinite(loss)) | (i == 0)
         better = same & (loss < state.loss)

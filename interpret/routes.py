@@ -14,7 +14,7 @@ from scipy import stats
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples
 
 from interpret import cdrp
 from interpret.cdrp import Routes
@@ -224,10 +224,33 @@ def separability(rows: np.ndarray, labels: np.ndarray, neighbours: int = 5) -> S
     Raises:
       ValueError: For too few rows or classes.
     """
+    found, silhouettes = separable(rows, labels, neighbours)
+    most = np.unique(labels, return_counts=True)[1].max()
+    return Separability(
+        float(found.mean()), float(silhouettes.mean()), float(most / len(silhouettes))
+    )
+
+
+def separable(
+    rows: np.ndarray, labels: np.ndarray, neighbours: int = 5
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `separability` is the mean of, for each row.
+
+    Args:
+      rows: As for `separability`.
+      labels: As for `separability`.
+      neighbours: As for `separability`.
+
+    Returns:
+      Whether its neighbours' vote is its label, `[N]` bool, and its silhouette, `[N]` float64.
+
+    Raises:
+      ValueError: For too few rows or classes.
+    """
     rows, labels = np.asarray(rows, float), np.asarray(labels)
     if not 1 <= neighbours < len(rows):
         raise ValueError(f"neighbours must be in 1..{len(rows) - 1}, not {neighbours}")
-    present, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    present, index = np.unique(labels, return_inverse=True)
     if not 2 <= len(present) < len(rows):
         raise ValueError(
             f"labels must be of 2 classes or more and fewer than rows, given {len(present)} "
@@ -240,11 +263,7 @@ def separability(rows: np.ndarray, labels: np.ndarray, neighbours: int = 5) -> S
     # The nearest row whose label has the most votes.
     most = np.take_along_axis(votes, near, 1) == votes.max(1, keepdims=True)
     found = near[np.arange(len(rows)), most.argmax(1)]
-    return Separability(
-        float((found == index).mean()),
-        float(silhouette_score(rows, labels)),
-        float(sizes.max() / len(rows)),
-    )
+    return found == index, silhouette_samples(rows, labels)
 
 
 def embedding(key: int, rows: np.ndarray, perplexity: float = 30.0) -> np.ndarray:

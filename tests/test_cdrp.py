@@ -1,5 +1,6 @@
 """Routing against a naive restatement of distillation guided routing, and its properties."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -285,6 +286,18 @@ def test_routes_are_saved_and_taken(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="safetensors"):
         cdrp.load_routes(path)
+
+
+def test_routes_of_parts_are_joined():
+    parts = [routed().take([0, 1, 2]), routed().take([3]), routed().take([4, 5])]
+    whole = cdrp.joined(parts)
+    assert whole.layers == routed().layers and whole.options == routed().options
+    for name in ("gates", "predicted", "loss", "step", "kept"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(routed(), name))
+    other = dataclasses.replace(parts[1], options={**parts[1].options, "gamma": 1.0})
+    for wrong in ([parts[0], other], []):
+        with pytest.raises(ValueError, match="^parts "):
+            cdrp.joined(wrong)
 
 
 def test_files_of_something_else_are_refused(tmp_path):

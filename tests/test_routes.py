@@ -154,6 +154,10 @@ def test_separability_of_classes_known_by_hand():
     # Of each row's two neighbours the nearer decides: 1, 0 or 2, 1, 11, 10, 11.
     mixed = routes.separability(rows, np.array([0, 1, 1, 0, 0, 1]), 2)
     assert mixed.neighbours == np.mean([False, False, True, True, True, False])
+    hits, silhouettes = routes.separable(rows, np.array([0, 1, 1, 0, 0, 1]), 2)
+    assert hits.tolist() == [False, False, True, True, True, False]
+    # Of the first row: 10.5 on average to its own class, 5.166... to the other.
+    np.testing.assert_allclose(silhouettes[0], (15.5 / 3 - 10.5) / 10.5)
     rng = np.random.default_rng(0)
     chance = routes.separability(rng.normal(size=(200, 3)), rng.integers(0, 2, 200))
     assert 0.35 < chance.neighbours < 0.65 and abs(chance.silhouette) < 0.1
