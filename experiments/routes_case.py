@@ -1,0 +1,442 @@
+"""What the studies of routes look at: a network, its images, and routes that are made once.
+
+Routes and attacked images lie in one folder, each under a digest of all that they depend on:
+weights, images, options and the code that makes them. So the studies share them, a run that was
+stopped goes on, and whatever changes is made anew.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+import nnslicer_jax as nns
+from experiments import record
+from experiments.bench_attacks import PACES
+from experiments.provenance import ROOT, origin
+from interpret import cdrp, gates
+from nnslicer_jax import attacks, data
+from nnslicer_jax.atomic import replacing
+from nnslicer_jax.batches import batches
+
+Fields = dict[str, Any]  # of a record.Row
+
+# Where gates stand: the rule, and how the title says it.
+PLACES: Mapping[str, str] = {"auto": "", "convolutions": ", gates at every convolution"}
+# Images routed between two files, at most; a run that is stopped loses no more.
+_PART = 256
+_BATCH = 256
+_DRAWS = 1000
+# Code that routes and attacked images are made by.
+_CODE = ("nnslicer_jax", "interpret/cdrp.py", "interpret/gates.py")
+# Code that what is made of them in parts depends on besides.
+_JUDGED = ("interpret", "experiments/routes_case.py", "experiments/routes_detection.py")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A network with its data, and where its gates stand.
+
+    Attributes:
+      trained: The network.
+      graph: It, traced.
+      dataset: Where images come from.
+      at: One of `PLACES`.
+      layers: Where gates stand.
+      folder: Where routes and attacked images are kept.
+      seed: Of every draw.
+    """
+
+    trained: nns.zoo.Trained
+    graph: nns.Graph
+    dataset: data.Dataset
+    at: str
+    layers: Mapping[str, slice]
+    folder: Path
+    seed: int
+
+    @property
+    def params(self) -> Any:
+        """The network's variables."""
+        return self.trained.variables
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """Digest of the variables."""
+        return mark(*jax.tree.leaves(self.params))
+
+    @property
+    def title(self) -> str:
+        """What rows begin with."""
+        return f"{self.trained.card['name']}{PLACES[self.at]}"
+
+    @property
+    def slug(self) -> str:
+        """What files of the case begin with."""
+        return self.trained.card["name"] + ("_convolutions" if self.at != "auto" else "")
+
+    @property
+    def said(self) -> str:
+        """The data set in words."""
+        jpeg = " (JPEG re-encodings)" if "JPEG" in self.dataset.note else ""
+        return f"{self.dataset.name}{jpeg}, {self.trained.card['name']}"
+
+
+class Images(NamedTuple):
+    """Some images.
+
+    Attributes:
+      images: `[N, H, W, C]` float32 in 0..1.
+      labels: `[N]` int32, their classes.
+      probabilities: `[N, K]`, the network's softmax of them.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """`[N]`, the network's classes."""
+        return self.probabilities.argmax(1)
+
+    def take(self, index: Any) -> "Images":
+        """Some of them, by an index or mask."""
+        return Images(*(values[index] for values in self))
+
+
+def prepare(model: str, data_dir: str | None, folder: Path, seed: int, at: str = "auto") -> Case:
+    """Loads a network of the zoo with its data, and finds the places of its gates.
+
+    Raises:
+      ValueError: For an unknown network or place.
+      FileNotFoundError: If weights or data are nowhere.
+    """
+    if at not in PLACES:
+        raise ValueError(f"at must be one of {', '.join(PLACES)}, not {at!r}")
+    trained = nns.zoo.load(model)
+    dataset = data.load(trained.card["data"], data_dir)
+    graph = nns.trace(trained.model.apply, trained.variables, data.to_float(_some(dataset)))
+    return Case(trained, graph, dataset, at, gates.places(graph, at), folder, seed)
+
+
+def _some(dataset: data.Dataset) -> np.ndarray:
+    return np.asarray(dataset.test_images[:1])
+
+
+def drawn(case: Case, per_class: int | None, *, split: str = "test", right: bool = False) -> Images:
+    """Images of each class, one class after the other, in an order drawn by the seed.
+
+    Args:
+      case: The network and its data.
+      per_class: How many of each class; None for all.
+      split: "test" or "train".
+      right: Take only images that the network gets right.
+
+    Raises:
+      ValueError: If a class has fewer.
+    """
+    dataset = case.dataset
+    source, labels = {
+        "test": (dataset.test_images, dataset.test_labels),
+        "train": (dataset.train_images, dataset.train_labels),
+    }[split]
+    orders = []
+    for label in range(len(dataset.classes)):
+        rng = np.random.default_rng((case.seed, label, split == "train"))
+        orders.append(rng.permutation(np.flatnonzero(labels == label)))
+    # Few more than wanted are looked at first, all of them only if those do not do.
+    tries = [per_class] if not right or per_class is None else [2 * per_class + 10, None]
+    for count in tries:
+        rows = np.concatenate([order[:count] for order in orders])
+        some = _judged(case, source, labels, rows)
+        good = (some.predicted == some.labels) | (not right)
+        kept = [np.flatnonzero((some.labels == i) & good)[:per_class] for i in range(len(orders))]
+        short = [
+            i for i, rows in enumerate(kept) if per_class is not None and len(rows) < per_class
+        ]
+        if not short:
+            return some.take(np.concatenate(kept))
+    kind = " that the network gets right" if right else ""
+    raise ValueError(
+        f"per_class is {per_class}, but class {dataset.classes[short[0]]} has only "
+        f"{len(kept[short[0]])} {split} images{kind}"
+    )
+
+
+def _judged(case: Case, source: Any, labels: np.ndarray, rows: np.ndarray) -> Images:
+    # Read on demand, images come in the order of the files.
+    order = np.argsort(rows)
+    pixels = data.to_float(np.asarray(source[rows[order]]))[np.argsort(order)]
+    return Images(pixels, np.asarray(labels[rows], np.int32), probabilities(case, pixels))
+
+
+def probabilities(case: Case, images: np.ndarray) -> np.ndarray:
+    """The network's softmax of images, `[N, K]`."""
+    apply = case.trained.model.apply
+    return np.concatenate([
+        np.asarray(_softmax(apply, case.params, batch.images))[: batch.real]
+        for batch in batches(case.graph, images, _BATCH)
+    ])  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _softmax(apply: Callable, params: Any, images: jax.Array) -> jax.Array:
+    return jax.nn.softmax(apply(params, images))
+
+
+# Made once ----------------------------------------------------------------------------------
+
+
+def routed(case: Case, images: np.ndarray) -> cdrp.Routes:
+    """Routes of images, read from the folder where they are there."""
+    size = math.ceil(len(images) / math.ceil(len(images) / _PART))
+    places = {name: [part.start, part.stop] for name, part in case.layers.items()}
+    parts = []
+    for start in range(0, len(images), size):
+        # The last part is filled up, so that one shape is compiled.
+        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
+        path = case.folder / "routes" / f"{_digest(case, {'at': places}, images[rows])}.safetensors"
+        if path.exists():
+            made = cdrp.load_routes(path)
+        else:
+            made = cdrp.route(
+                case.graph, case.params, images[rows], list(case.layers), progress=True
+            )
+            made.save(path)
+        parts.append(made)
+    return cdrp.joined(parts).take(np.arange(len(images)))
+
+
+def attacked(case: Case, name: str, some: Images, options: Mapping[str, Any]) -> Images:
+    """What an attack makes of images, each beside its label, whether it fools the network or not.
+
+    Args:
+      case: The network.
+      name: Of the attack.
+      some: Images to attack.
+      options: Of the attack in place of its defaults.
+    """
+    about = {"attack": name, "options": dict(options), "seed": case.seed}
+    path = case.folder / "attacks" / f"{_digest(case, about, some.images, some.labels)}.npy"
+    if not path.exists():
+        print(f"{case.title}: {name}", file=sys.stderr, flush=True)
+        made = attacks.ATTACKS[name](
+            jax.random.key(case.seed), case.trained.model.apply, case.params, some.images,
+            some.labels, **options,
+        )  # fmt: skip
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, np.asarray(made.images))
+    images = np.load(path, allow_pickle=False)
+    return Images(images, some.labels, probabilities(case, images))
+
+
+def steps(name: str, fewer: bool) -> Mapping[str, Any]:
+    """An attack's options: those that make it take seconds, or its defaults."""
+    return PACES[name].ours if fewer else {}
+
+
+def part(case: Case, name: str, about: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    """A result in JSON that is made once.
+
+    Args:
+      case: The network.
+      name: Of the kind of result.
+      about: All that the result depends on but for the network, the code and the seed.
+      make: Makes it.
+    """
+    key = _digest(
+        case, {"part": name, "about": dict(about), "seed": case.seed, "by": _code(_JUDGED)}
+    )
+    path = case.folder / name / f"{key}.json"
+    if not path.exists():
+        record.write_text(path, json.dumps(make()) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def mark(*arrays: Any) -> str:
+    """Digest of arrays, to say in `part` what a result depends on."""
+    found = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def _digest(case: Case, about: Mapping[str, Any], *arrays: np.ndarray) -> str:
+    text = json.dumps({**about, "weights": case.weights, "code": _code(_CODE)}, sort_keys=True)
+    return hashlib.sha256((text + mark(*arrays)).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code(parts: tuple[str, ...]) -> str:
+    """Digest of source files."""
+    found = hashlib.sha256()
+    for name in parts:
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+# Numbers ------------------------------------------------------------------------------------
+
+
+def average(values: Any, scale: float = 1.0, unit: str = "") -> Fields:
+    """Mean over images with its normal 95 % interval; what is NaN is left out.
+
+    Args:
+      values: `[N]`, one an image.
+      scale: What values are multiplied by.
+      unit: Of the result.
+    """
+    known = np.asarray(values, float).ravel()
+    known = scale * known[np.isfinite(known)]
+    if not len(known):
+        return {"ours": None, "unit": unit, "n": 0, "note": "defined for none of the images"}
+    half = 1.96 * known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else None
+    return {"ours": float(known.mean()), "spread": half, "unit": unit, "n": len(known)}
+
+
+def mean_known(table: np.ndarray) -> np.ndarray:
+    """Mean of each row over what is defined, `[N]`, NaN where nothing is."""
+    known = np.isfinite(table)
+    sums, counts = np.where(known, table, 0).sum(1), known.sum(1)
+    return np.divide(sums, counts, out=np.full(len(table), np.nan), where=counts > 0)
+
+
+def auc(seed: int, negative: np.ndarray, positive: np.ndarray, *, paired: bool) -> Fields:
+    """Chance that a positive scores above a negative, ties half, with its bootstrapped interval.
+
+    Args:
+      seed: Of the images drawn anew.
+      negative: `[N]` scores, or `[D, N]` of several classifiers, over which the mean is taken.
+      positive: `[M]` or `[D, M]` scores.
+      paired: Whether row i of both is one image, which is then drawn in both.
+    """
+    if not positive.size or not negative.size:
+        return {"ours": None, "n": 0, "note": "there are none to tell apart"}
+    negative, positive = np.atleast_2d(negative), np.atleast_2d(positive)
+    return resampled(seed, wins(negative, positive), paired=paired)
+
+
+def wins(negative: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """`[M, N]`, share of D classifiers that score positive i above negative j, ties half."""
+    above = positive[:, :, None] > negative[:, None]
+    equal = positive[:, :, None] == negative[:, None]
+    return (above + equal / 2).mean(0)
+
+
+def resampled(seed: int, matrix: np.ndarray, *, paired: bool) -> Fields:
+    """Mean of a matrix with its 95 % interval over rows and columns drawn with replacement.
+
+    Args:
+      seed: Of the draws.
+      matrix: `[M, N]`, from `wins`, or a difference of such.
+      paired: Draw the same rows and columns.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(count: int) -> np.ndarray:
+        return rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count
+
+    first = drawn(matrix.shape[0])
+    second = first if paired else drawn(matrix.shape[1])
+    low, high = np.quantile(((first @ matrix) * second).sum(1), (0.025, 0.975))
+    return {
+        "ours": float(matrix.mean()), "spread": (float(low), float(high)), "n": matrix.shape[0]
+    }  # fmt: skip
+
+
+def noted(fields: Fields, note: str) -> Fields:
+    """Fields with a note added to what is noted already."""
+    both = "; ".join(filter(None, (fields.get("note", ""), note)))
+    return {**fields, "note": both}
+
+
+# Command line -------------------------------------------------------------------------------
+
+
+class Study(NamedTuple):
+    """A study of routes.
+
+    Attributes:
+      name: Its module below `experiments`.
+      title: Of its results.
+      text: What a reader needs beside the table.
+      schedules: Name to how much is run.
+      run: Function of a case, a schedule and the folder of the figures to the rows' fields.
+      places: Where gates stand, each studied for itself.
+    """
+
+    name: str
+    title: str
+    text: str
+    schedules: Mapping[str, Any]
+    run: Callable[[Case, Any, Path], list[Fields]]
+    places: tuple[str, ...] = ("auto",)
+
+
+def results(
+    study: Study, models: Sequence[str], schedule: Any, *, data_dir: str | None, work: Path,
+    figures: Path, seed: int,
+) -> record.Record:  # fmt: skip
+    """Runs a study on networks of the zoo.
+
+    Raises:
+      ValueError: For an unknown network, or more images asked for than there are.
+      FileNotFoundError: If weights or data are nowhere.
+    """
+    rows: list[record.Row] = []
+    for model in models:
+        known: list[Mapping[str, slice]] = []
+        for at in study.places:
+            case = prepare(model, data_dir, work, seed, at)
+            if case.layers in known:
+                continue
+            known.append(case.layers)
+            # Before the run: the code may change while it goes on.
+            about = origin(data=case.said, seeds=[seed])
+            for fields in study.run(case, schedule, figures):
+                rows.append(record.Row(study=study.name, **fields, **about))
+    return record.Record(title=study.title, text=study.text, rows=tuple(rows))
+
+
+def command(study: Study) -> None:
+    """Runs a study from the command line."""
+    flags.DEFINE_list("models", ["resnet10_cifar10", "lenet5_mnist"], "networks of the zoo")
+    flags.DEFINE_string("data_dir", None, "folder searched first for the data sets")
+    flags.DEFINE_enum("schedule", "cpu", sorted(study.schedules), "how much is run")
+    flags.DEFINE_integer("seed", 0, "of every draw", lower_bound=0)
+    file = ROOT / "experiments" / "results" / f"{study.name}.json"
+    flags.DEFINE_string("out", str(file), "results file")
+    flags.DEFINE_string("work", "out/routes", "folder of routes and attacked images, shared")
+    flags.DEFINE_string("figures", f"out/{study.name}", "folder of the figures")
+
+    def main(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}")
+        logging.set_verbosity(logging.WARNING)
+        given = flags.FLAGS
+        try:
+            made = results(
+                study, given.models, study.schedules[given.schedule], data_dir=given.data_dir,
+                work=Path(given.work), figures=Path(given.figures), seed=given.seed,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
+        out = Path(given.out)
+        record.write(out, made)
+        print(f"wrote {out.name}; python -m experiments.report renders it")
+
+    app.run(main)
