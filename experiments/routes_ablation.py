@@ -1,0 +1,128 @@
+"""Critical nodes switched off (Wang et al., CVPR 2018): the accuracy that goes with them.
+
+For each image a share of its critical nodes is switched off in every gated layer: from the largest
+gate down (Top), from the smallest critical one up (Bottom), and as many nodes of the layer drawn
+at random. Published for 50,000 validation images of ImageNet: 1 % in Top mode costs more than 30
+points of top-1 and more than 20 of top-5 accuracy, and about a tenth of all nodes are critical.
+
+``--schedule cpu`` takes two cores about five minutes: 100 test images a class. ``--schedule
+published`` takes all test images. Routes are kept and shared with the other studies.
+
+``python -m experiments.routes_ablation --models resnet10_cifar10,lenet5_mnist``
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+from experiments import routes_case
+from experiments.routes_case import Case, Fields, average, noted
+from interpret import plots, routes
+
+TITLE = "Routes: critical nodes switched off"
+TEXT = (
+    "Points of accuracy lost on test images, right and wrong ones alike, when a share of each "
+    "image's critical nodes (gates above 0.5) is switched off in every gated layer, the largest "
+    "gates first (Top), the smallest critical ones first (Bottom), or as many nodes of the layer "
+    "drawn at random, critical or not. A share takes ceil(share * n) nodes of a layer, so at least "
+    "one. Spreads are normal 95 % intervals over images, of paired differences where two modes are "
+    "compared. Published figures are for ImageNet networks, whose layers are wider. Gates stand at "
+    "the outputs of residual blocks, else after each convolution's activation."
+)
+_LEAST = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How much is run.
+
+    Attributes:
+      per_class: Test images of each class; None for all.
+      shares: Of the critical nodes, 0 first.
+      layer_share: Switched off in one layer at a time.
+    """
+
+    per_class: int | None = 100
+    shares: tuple[float, ...] = (0, _LEAST, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
+    layer_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.shares or self.shares[0] != 0 or _LEAST not in self.shares:
+            raise ValueError(f"shares must begin with 0 and hold {_LEAST}, not {self.shares}")
+
+
+SCHEDULES = {"cpu": Schedule(), "published": Schedule(per_class=None)}
+
+_MODES = {"top": "Top", "bottom": "Bottom", "random": "random nodes"}
+_PUBLISHED = {"top1": "over 30", "top5": "over 20"}
+_SAID = {"top1": "top-1 accuracy lost", "top5": "top-5 accuracy lost"}
+_POINTS = "points"
+
+
+def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
+    """Switches nodes off and draws the curves; the fields of the rows."""
+    some = routes_case.drawn(case, schedule.per_class)
+    found = routes_case.routed(case, some.images)
+    on = routes.critical(found.gates)
+    rows: list[Fields] = [
+        {"row": f"{case.title}, routes", "metric": "nodes that are critical",
+         "published": "about 10", **average(on.mean(1), 100, "%")},
+        {"row": f"{case.title}, routes", "metric": "images whose class every step lost",
+         "ours": int(found.lost.sum()), "n": len(found),
+         "note": "their gates are untouched"},
+    ]  # fmt: skip
+    curves = {
+        said: routes.ablate(
+            case.seed, case.graph, case.params, some.images, some.labels, found, schedule.shares,
+            mode,
+        )
+        for mode, said in _MODES.items()
+    }  # fmt: skip
+    whole = curves["Top"]
+    for measure, metric in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
+        rows.append(
+            {"row": f"{case.title}, whole network", "metric": metric,
+             **average(getattr(whole, measure)[0], 100, "%")}
+        )  # fmt: skip
+    lost = {
+        (said, measure): getattr(one, measure)[0].astype(float) - getattr(one, measure)
+        for said, one in curves.items()
+        for measure in _SAID
+    }
+    for at, share in list(enumerate(schedule.shares))[1:]:
+        for (said, one), measure in itertools.product(curves.items(), _SAID):
+            first = (said, share) == ("Top", _LEAST)
+            fields = average(lost[said, measure][at], 100, _POINTS)
+            rows.append(
+                {"row": f"{case.title}, {said}, {share:.0%}", "metric": _SAID[measure],
+                 "published": _PUBLISHED[measure] if first else None,
+                 **noted(fields, f"{one.nodes[at].mean():.1f} nodes an image")}
+            )  # fmt: skip
+    at = schedule.shares.index(_LEAST)
+    for other, measure in itertools.product(("Bottom", "random nodes"), _SAID):
+        apart = lost["Top", measure][at] - lost[other, measure][at]
+        rows.append(
+            {"row": f"{case.title}, Top beyond {other}, {_LEAST:.0%}", "metric": _SAID[measure],
+             **noted(average(apart, 100, _POINTS), "above 0: the largest gates matter more")}
+        )  # fmt: skip
+    for name, short in zip(case.layers, plots.short(list(case.layers)), strict=True):
+        for mode, said in _MODES.items():
+            one = routes.ablate(
+                case.seed, case.graph, case.params, some.images, some.labels, found,
+                [0, schedule.layer_share], mode, layers=[name],
+            )  # fmt: skip
+            gone = one.top1[0].astype(float) - one.top1[1]
+            note = f"{one.nodes[1].mean():.1f} nodes of this layer an image"
+            rows.append(
+                {"row": f"{case.title}, {said}, {schedule.layer_share:.0%} of {short} alone",
+                 "metric": _SAID["top1"], **noted(average(gone, 100, _POINTS), note)}
+            )  # fmt: skip
+    plots.save(plots.ablation(curves), figures / f"{case.slug}.png")
+    return rows
+
+
+STUDY = routes_case.Study("routes_ablation", TITLE, TEXT, SCHEDULES, run, ("auto", "convolutions"))
+
+
+if __name__ == "__main__":
+    routes_case.command(STUDY)
