@@ -1,0 +1,44 @@
+"""Notebooks are stored without outputs, and their code runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
+
+
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def test_there_are_notebooks():
+    assert "routes" in [path.stem for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_without_outputs(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["nbformat"] == 4
+    assert len({cell["id"] for cell in content["cells"]}) == len(content["cells"])
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+def test_the_notebook_of_routes_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names = {"__name__": "__main__"}
+    for cell in cells(ROOT / "experiments" / "notebooks" / "routes.ipynb"):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    found, ablations = names["routes"], names["ablations"]
+    assert len(found) == 397 and list(found.layers) == [f"Network/relu_{i}" for i in range(3)]
+    assert names["right"].mean() > 0.8
+    np.testing.assert_array_equal(ablations["top"].top1[0], names["right"])
+    assert ablations["top"].top1.mean() < ablations["bottom"].top1.mean()
+    assert (tmp_path / "routes.safetensors").is_file()
+    assert "told rightly" in capsys.readouterr().out
