@@ -25,7 +25,7 @@ from experiments import (
     quickstart_similarity,
 )
 from experiments.quickstart_case import prepare
-from interpret import detect
+from interpret import cdrp, detect
 from nnslicer_jax import attacks
 from prune import criteria
 
@@ -139,6 +139,7 @@ def test_every_section_is_there_and_says_where_it_comes_from(made):
         "Adversarial images told by their slices",
         "Pruning for chosen classes",
         "What hiding the most valuable synapses protects",
+        "The route of an image",
         "How this page was made",
     ]
     assert "<dd>python -m experiments.quickstart --theta=0.3</dd>" in text
@@ -270,6 +271,20 @@ def test_detection_is_that_of_slices_made_directly(made, case):
     cells = [row for row in read.rows if row[0] == first.detector][0]
     assert cells[1] == f"FGSM 0.1 ({case.fooled})" and cells[-1] == f"{flags.mean():.1%}"
     assert cells[3] == f"{first.adversarial.flags.mean():.2f}"
+
+
+def test_routes_are_those_of_images_routed_alone(made, case):
+    _, read, summary = made
+    found = cdrp.route(case.graph, case.params, case.images, batch_size=1)
+    for name in found.layers:
+        # The table of sizes lists these layers before.
+        row = [r for r in read.rows if len(r) == 7 and r[0] == name.split("/")[1]][-1]
+        gates = found.layer(name)
+        assert row[1:4] == [str(gates.shape[1]), *map(str, (gates > 0.5).sum(1))]
+        assert row[5] == f"{np.corrcoef(gates)[0, 1]:.2f}"
+    right = (case.test_predicted == case.test_labels).mean()
+    top, bottom = re.search(r"critical channels: top ([\d.]+)%; bottom ([\d.]+)%", summary).groups()
+    assert float(top) < float(bottom) <= 100 * right
 
 
 def test_random_synapses_are_as_many_in_each_layer(case):
