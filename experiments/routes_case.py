@@ -21,12 +21,13 @@ from absl import app, flags, logging
 
 import nnslicer_jax as nns
 from experiments import record
-from experiments.bench_attacks import PACES
+from experiments.attack_steps import FEWER_STEPS
 from experiments.provenance import ROOT, origin
 from interpret import cdrp, gates
 from nnslicer_jax import attacks, data
 from nnslicer_jax.atomic import replacing
-from nnslicer_jax.batches import batches
+from nnslicer_jax.batches import batches, filled
+from nnslicer_jax.checkpoint import digest
 
 Fields = dict[str, Any]  # of a record.Row
 
@@ -70,9 +71,14 @@ class Case:
         return self.trained.variables
 
     @functools.cached_property
+    def apply(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """The network as a function; as traced, it takes the faster forms of its convolutions."""
+        return lambda params, images: nns.evaluate(self.graph, params, images)[0]
+
+    @functools.cached_property
     def weights(self) -> str:
         """Digest of the variables."""
-        return mark(*jax.tree.leaves(self.params))
+        return digest(self.params)
 
     @property
     def title(self) -> str:
@@ -182,9 +188,8 @@ def _judged(case: Case, source: Any, labels: np.ndarray, rows: np.ndarray) -> Im
 
 def probabilities(case: Case, images: np.ndarray) -> np.ndarray:
     """The network's softmax of images, `[N, K]`."""
-    apply = case.trained.model.apply
     return np.concatenate([
-        np.asarray(_softmax(apply, case.params, batch.images))[: batch.real]
+        np.asarray(_softmax(case.apply, case.params, batch.images))[: batch.real]
         for batch in batches(case.graph, images, _BATCH)
     ])  # fmt: skip
 
@@ -199,12 +204,11 @@ def _softmax(apply: Callable, params: Any, images: jax.Array) -> jax.Array:
 
 def routed(case: Case, images: np.ndarray) -> cdrp.Routes:
     """Routes of images, read from the folder where they are there."""
+    # Equal parts of one shape, which is compiled once.
     size = math.ceil(len(images) / math.ceil(len(images) / _PART))
     places = {name: [part.start, part.stop] for name, part in case.layers.items()}
     parts = []
-    for start in range(0, len(images), size):
-        # The last part is filled up, so that one shape is compiled.
-        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
+    for rows in filled(len(images), size):
         path = case.folder / "routes" / f"{_digest(case, {'at': places}, images[rows])}.safetensors"
         if path.exists():
             made = cdrp.load_routes(path)
@@ -231,8 +235,7 @@ def attacked(case: Case, name: str, some: Images, options: Mapping[str, Any]) ->
     if not path.exists():
         print(f"{case.title}: {name}", file=sys.stderr, flush=True)
         made = attacks.ATTACKS[name](
-            jax.random.key(case.seed), case.trained.model.apply, case.params, some.images,
-            some.labels, **options,
+            jax.random.key(case.seed), case.apply, case.params, some.images, some.labels, **options
         )  # fmt: skip
         with replacing(path) as partial, partial.open("wb") as file:
             np.save(file, np.asarray(made.images))
@@ -242,7 +245,7 @@ def attacked(case: Case, name: str, some: Images, options: Mapping[str, Any]) ->
 
 def steps(name: str, fewer: bool) -> Mapping[str, Any]:
     """An attack's options: those that make it take seconds, or its defaults."""
-    return PACES[name].ours if fewer else {}
+    return FEWER_STEPS.get(name, {}) if fewer else {}
 
 
 def part(case: Case, name: str, about: Mapping[str, Any], make: Callable[[], Any]) -> Any:
@@ -263,19 +266,9 @@ def part(case: Case, name: str, about: Mapping[str, Any], make: Callable[[], Any
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def mark(*arrays: Any) -> str:
-    """Digest of arrays, to say in `part` what a result depends on."""
-    found = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
-
-
 def _digest(case: Case, about: Mapping[str, Any], *arrays: np.ndarray) -> str:
     text = json.dumps({**about, "weights": case.weights, "code": _code(_CODE)}, sort_keys=True)
-    return hashlib.sha256((text + mark(*arrays)).encode()).hexdigest()[:32]
+    return hashlib.sha256((text + digest(arrays)).encode()).hexdigest()[:32]
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from experiments import routes_case
 from experiments.routes_case import Case, Fields, Images
 from interpret import detect, faithfulness, plots
 from nnslicer_jax import attacks
+from nnslicer_jax.checkpoint import digest
 
 TITLE = "Routes: adversarial images detected"
 TEXT = (
@@ -173,7 +174,7 @@ def told_apart(
 
 
 def _mark(found: Twins, kind: str) -> str:
-    return routes_case.mark(found.labels, found.learns, found.normal[kind], found.adversarial[kind])
+    return digest((found.labels, found.learns, found.normal[kind], found.adversarial[kind]))
 
 
 def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:

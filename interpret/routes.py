@@ -20,7 +20,6 @@ from interpret import cdrp
 from interpret.cdrp import Routes
 from interpret.gates import Layers
 from nnslicer_jax.graph import Graph
-from nnslicer_jax.slices import Slice
 
 MODES = ("top", "bottom", "random")
 
@@ -361,28 +360,6 @@ def outliers(routes: Routes, labels: np.ndarray) -> np.ndarray:
 # Beside slices and effective paths -----------------------------------------------------------
 
 
-def channel_scores(piece: Slice, layers: Layers) -> np.ndarray:
-    """|CONTRIB| of each gated channel in a slice or an effective path, `[N, G]` float32.
-
-    Args:
-      piece: Made with per_sample=True, of the same images; CONTRIBs of a channel's positions add.
-      layers: Where each layer's nodes stand.
-
-    Raises:
-      ValueError: For a slice that is not per sample, or of another network.
-    """
-    if not piece.per_sample:
-        raise ValueError("channel_scores needs a slice made with per_sample=True")
-    channels = piece.channels()
-    width = max(part.stop for part in layers.values())
-    found = np.zeros((piece.count, width), np.float32)
-    for name, part in layers.items():
-        if name not in channels or channels[name].shape[1] != part.stop - part.start:
-            raise ValueError(f"the slice is of another network: it has no such channels at {name}")
-        found[:, part] = np.abs(channels[name])
-    return found
-
-
 class Similarity(NamedTuple):
     """How alike two explanations of the same images are, in each layer.
 
@@ -403,7 +380,7 @@ class Similarity(NamedTuple):
 
 
 def similarity(key: int, first: np.ndarray, second: np.ndarray, layers: Layers) -> Similarity:
-    """Compares scores of the nodes, `[N, G]`, such as gates and `channel_scores`.
+    """Compares scores of the nodes, `[N, G]`, such as gates and |CONTRIB| of their channels.
 
     Args:
       key: Seed of the order among equal scores.
