@@ -65,7 +65,7 @@ def measure(
     params = jax.jit(module.init)(jax.random.key(seed), images[:1])
     graph = nns.trace(module.apply, params, images[:1])
     layers = gates.places(graph)
-    by = cdrp.Descent(0.05, 0.1, 0.9, 10.0)
+    by = cdrp.Descent()
     rows, rates = [], {}
     for size in batch_sizes:
         some = images[:size]

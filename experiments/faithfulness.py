@@ -30,8 +30,9 @@ TEXT = (
     "kept (larger is more faithful). Missing channels are 0, or held at their mean over training "
     "images. Channels are those that routes gate; integrated gradients are the predicted logit's, "
     "for each layer's gates on their own. Likeness of two explanations in a layer: Spearman's "
-    "correlation of their scores, and Jaccard similarity of the channels that the second scores "
-    "above 0 and as many of the best of the first, beside what chance gives; mean over layers. "
+    "correlation of their scores, and Jaccard similarity of the channels that the second keeps "
+    "(CONTRIB not 0; gates above 0.5) and as many of the best of the first, beside what chance "
+    "gives; mean over layers. |CONTRIB| of a channel adds up over its positions. "
     "Spreads are normal 95 % intervals over images, of paired differences where two are compared. "
     "Nothing is published to compare with."
 )
@@ -166,7 +167,8 @@ def likeness_rows(case: Case, scores: Mapping[str, Mapping[str, np.ndarray]]) ->
     }
     rows: list[Fields] = []
     for first, second in _PAIRS:
-        found = routes.similarity(case.seed, whole[first], whole[second], case.layers)
+        kept = routes.critical(whole[second], 0.5 if second == ROUTES else 0)
+        found = routes.similarity(case.seed, whole[first], whole[second], case.layers, kept)
         for metric, values in (
             ("rank correlation of scores", found.ranks),
             ("Jaccard similarity", found.overlap),

@@ -1,8 +1,8 @@
 """What the studies of routes look at: a network, its images, and routes that are made once.
 
 Routes and attacked images lie in one folder, each under a digest of all that they depend on:
-weights, images, options and the code that makes them. So the studies share them, a run that was
-stopped goes on, and whatever changes is made anew.
+network, images, options, hardware and the code that makes them. So the studies share them, a run
+that was stopped goes on, and whatever changes is made anew.
 """
 
 import dataclasses
@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy
+import sklearn
 from absl import app, flags, logging
+from scipy import stats
 
 import nnslicer_jax as nns
 from experiments import record
 from experiments.attack_steps import FEWER_STEPS
 from experiments.provenance import ROOT, origin
+from experiments.target_classes import wilson
 from interpret import cdrp, gates
 from nnslicer_jax import attacks, data
 from nnslicer_jax.atomic import replacing
@@ -37,10 +41,31 @@ PLACES: Mapping[str, str] = {"auto": "", "convolutions": ", gates at every convo
 _PART = 256
 _BATCH = 256
 _DRAWS = 1000
-# Code that routes and attacked images are made by.
-_CODE = ("nnslicer_jax", "interpret/cdrp.py", "interpret/gates.py")
-# Code that what is made of them in parts depends on besides.
-_JUDGED = ("interpret", "experiments/routes_case.py", "experiments/routes_detection.py")
+
+
+def _code(*parts: str) -> str:
+    """Digest of source files, and of what runs them."""
+    found = hashlib.sha256()
+    for name in parts:
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            found.update(file.read_bytes())
+    versions = [module.__version__ for module in (jax, np, scipy, sklearn)]
+    found.update(" ".join([*versions, jax.default_backend()]).encode())
+    return found.hexdigest()
+
+
+# Read once, when the code is loaded: files may change while a study goes on.
+ATTACKING = _code("nnslicer_jax")
+ROUTING = _code("nnslicer_jax", "interpret/cdrp.py", "interpret/gates.py")
+JUDGING = _code(
+    "nnslicer_jax", "interpret", "experiments/routes_case.py", "experiments/routes_detection.py"
+)
+_ATTACKS: Mapping[str, Callable[..., attacks.Adversarial]] = {
+    **attacks.ATTACKS,
+    # Steps that fool networks on colour images hardly fool those on grey strokes.
+    "FGSM 64": functools.partial(attacks.fgsm, eps=64 / 256),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +104,11 @@ class Case:
     def weights(self) -> str:
         """Digest of the variables."""
         return digest(self.params)
+
+    @property
+    def fgsm(self) -> str:
+        """Name of the FGSM that the published one is compared with."""
+        return "FGSM 8" if self.dataset.test_images.shape[-1] == 3 else "FGSM 64"
 
     @property
     def title(self) -> str:
@@ -209,7 +239,8 @@ def routed(case: Case, images: np.ndarray) -> cdrp.Routes:
     places = {name: [part.start, part.stop] for name, part in case.layers.items()}
     parts = []
     for rows in filled(len(images), size):
-        path = case.folder / "routes" / f"{_digest(case, {'at': places}, images[rows])}.safetensors"
+        key = _digest(case, ROUTING, {"at": places}, images[rows])
+        path = case.folder / "routes" / f"{key}.safetensors"
         if path.exists():
             made = cdrp.load_routes(path)
         else:
@@ -231,10 +262,11 @@ def attacked(case: Case, name: str, some: Images, options: Mapping[str, Any]) ->
       options: Of the attack in place of its defaults.
     """
     about = {"attack": name, "options": dict(options), "seed": case.seed}
-    path = case.folder / "attacks" / f"{_digest(case, about, some.images, some.labels)}.npy"
+    key = _digest(case, ATTACKING, about, some.images, some.labels)
+    path = case.folder / "attacks" / f"{key}.npy"
     if not path.exists():
         print(f"{case.title}: {name}", file=sys.stderr, flush=True)
-        made = attacks.ATTACKS[name](
+        made = _ATTACKS[name](
             jax.random.key(case.seed), case.apply, case.params, some.images, some.labels, **options
         )  # fmt: skip
         with replacing(path) as partial, partial.open("wb") as file:
@@ -257,39 +289,27 @@ def part(case: Case, name: str, about: Mapping[str, Any], make: Callable[[], Any
       about: All that the result depends on but for the network, the code and the seed.
       make: Makes it.
     """
-    key = _digest(
-        case, {"part": name, "about": dict(about), "seed": case.seed, "by": _code(_JUDGED)}
-    )
+    key = _digest(case, JUDGING, {"part": name, "about": dict(about), "seed": case.seed})
     path = case.folder / name / f"{key}.json"
     if not path.exists():
         record.write_text(path, json.dumps(make()) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _digest(case: Case, about: Mapping[str, Any], *arrays: np.ndarray) -> str:
-    text = json.dumps({**about, "weights": case.weights, "code": _code(_CODE)}, sort_keys=True)
-    return hashlib.sha256((text + digest(arrays)).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _code(parts: tuple[str, ...]) -> str:
-    """Digest of source files."""
-    found = hashlib.sha256()
-    for name in parts:
-        path = ROOT / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            found.update(file.read_bytes())
-    return found.hexdigest()
+def _digest(case: Case, code: str, about: Mapping[str, Any], *arrays: np.ndarray) -> str:
+    marks = [case.trained.card, case.weights, code, [a.shape for a in arrays], digest(arrays)]
+    text = json.dumps([about, *marks], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 # Numbers ------------------------------------------------------------------------------------
 
 
 def average(values: Any, scale: float = 1.0, unit: str = "") -> Fields:
-    """Mean over images with its normal 95 % interval; what is NaN is left out.
+    """Mean over images with its 95 % interval: Wilson's of a share, else normal; NaN is left out.
 
     Args:
-      values: `[N]`, one an image.
+      values: `[N]`, one an image; bool for a share.
       scale: What values are multiplied by.
       unit: Of the result.
     """
@@ -297,6 +317,11 @@ def average(values: Any, scale: float = 1.0, unit: str = "") -> Fields:
     known = scale * known[np.isfinite(known)]
     if not len(known):
         return {"ours": None, "unit": unit, "n": 0, "note": "defined for none of the images"}
+    if np.asarray(values).dtype == bool:
+        share = np.mean(values)
+        low, high = wilson(float(share), len(known))
+        spread = (scale * low, scale * high)
+        return {"ours": scale * float(share), "spread": spread, "unit": unit, "n": len(known)}
     half = 1.96 * known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else None
     return {"ours": float(known.mean()), "spread": half, "unit": unit, "n": len(known)}
 
@@ -308,12 +333,27 @@ def mean_known(table: np.ndarray) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(len(table), np.nan), where=counts > 0)
 
 
+def depth(values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Of each image, Spearman's correlation of its values with the number of the layer, `[N]`.
+
+    Args:
+      values: Layer to `[N]`, from the input on; where an image lacks one or all are equal: NaN.
+    """
+    table = np.stack(list(values.values()), 1).astype(float)
+    places = np.arange(table.shape[1])
+    told = np.isfinite(table).all(1) & (np.ptp(table, 1) > 0)
+    return np.array([
+        stats.spearmanr(row, places).statistic if known else np.nan
+        for row, known in zip(table, told, strict=True)
+    ])  # fmt: skip
+
+
 def auc(seed: int, negative: np.ndarray, positive: np.ndarray, *, paired: bool) -> Fields:
     """Chance that a positive scores above a negative, ties half, with its bootstrapped interval.
 
     Args:
-      seed: Of the images drawn anew.
-      negative: `[N]` scores, or `[D, N]` of several classifiers, over which the mean is taken.
+      seed: Of what is drawn anew.
+      negative: `[N]` scores, or `[D, N]` of D classifiers, over which the mean is taken.
       positive: `[M]` or `[D, M]` scores.
       paired: Whether row i of both is one image, which is then drawn in both.
     """
@@ -324,30 +364,33 @@ def auc(seed: int, negative: np.ndarray, positive: np.ndarray, *, paired: bool) 
 
 
 def wins(negative: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """`[M, N]`, share of D classifiers that score positive i above negative j, ties half."""
+    """`[D, M, N]`: 1 where classifier d scores positive i above negative j, 1/2 where equal."""
     above = positive[:, :, None] > negative[:, None]
     equal = positive[:, :, None] == negative[:, None]
-    return (above + equal / 2).mean(0)
+    return above + equal / 2
 
 
-def resampled(seed: int, matrix: np.ndarray, *, paired: bool) -> Fields:
-    """Mean of a matrix with its 95 % interval over rows and columns drawn with replacement.
+def resampled(seed: int, found: np.ndarray, *, paired: bool) -> Fields:
+    """Mean of `[D, M, N]` with its 95 % interval over all three drawn with replacement.
 
     Args:
       seed: Of the draws.
-      matrix: `[M, N]`, from `wins`, or a difference of such.
-      paired: Draw the same rows and columns.
+      found: From `wins`, or a difference of such.
+      paired: Whether M and N are the same images, and drawn alike.
     """
     rng = np.random.default_rng(seed)
 
     def drawn(count: int) -> np.ndarray:
         return rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count
 
-    first = drawn(matrix.shape[0])
-    second = first if paired else drawn(matrix.shape[1])
-    low, high = np.quantile(((first @ matrix) * second).sum(1), (0.025, 0.975))
+    classifiers, first = drawn(found.shape[0]), drawn(found.shape[1])
+    second = first if paired else drawn(found.shape[2])
+    means = sum(
+        share[:, None] * (first @ one) for share, one in zip(classifiers.T, found, strict=True)
+    )
+    low, high = np.quantile((means * second).sum(1), (0.025, 0.975))
     return {
-        "ours": float(matrix.mean()), "spread": (float(low), float(high)), "n": matrix.shape[0]
+        "ours": float(found.mean()), "spread": (float(low), float(high)), "n": found.shape[1]
     }  # fmt: skip
 
 
@@ -426,10 +469,10 @@ def command(study: Study) -> None:
                 study, given.models, study.schedules[given.schedule], data_dir=given.data_dir,
                 work=Path(given.work), figures=Path(given.figures), seed=given.seed,
             )  # fmt: skip
+            out = Path(given.out)
+            record.write(out, made)
         except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
-        out = Path(given.out)
-        record.write(out, made)
         print(f"wrote {out.name}; python -m experiments.report renders it")
 
     app.run(main)

@@ -6,14 +6,15 @@ with n of 1, 5 and 10, random forests and gradient boosting slightly ahead of Ad
 every attack, trained on its own twins, and trained on FGSM's. Beside routes stand the mean
 activations of the same channels, and the network's own confidence.
 
-``--schedule cpu`` takes two cores about half an hour, most of it the attacks: 25 test images a
-class, attacks with fewer steps. ``--schedule published`` takes 100 a class and the attacks'
+``--schedule cpu`` takes two cores about half an hour, most of it the attacks: 35 test images a
+class, attacks with fewer steps. ``--schedule published`` takes 120 a class and the attacks'
 defaults. Attacked images, routes and judgements are kept: a run that was stopped goes on.
 
 ``python -m experiments.routes_detection --models resnet10_cifar10,lenet5_mnist``
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import routes_case
-from experiments.routes_case import Case, Fields, Images
+from experiments.routes_case import Case, Fields, Images, average, noted
 from interpret import detect, faithfulness, plots
 from nnslicer_jax import attacks
 from nnslicer_jax.checkpoint import digest
@@ -32,19 +33,20 @@ TEXT = (
     "AUC of classifiers that tell routes of normal images from those of their adversarial twins, "
     "trained on n images a class with their twins and judged on others with theirs; of every "
     "attack only images that it fools the network on, all of which the network gets right before. "
-    "Mean over draws of the training images, with the bootstrapped 95 % interval over the images "
-    "judged, each drawn with its twin. Trained on the attack's own twins unless it says FGSM. "
-    "Beside routes: mean activations of the same channels, random forest, and 1 - the network's "
-    "probability of its own class, which learns nothing. Published words are for FGSM on ImageNet; "
-    "averages are over the attacks that fool the network on enough images."
+    "Mean over draws of the training images, with the bootstrapped 95 % interval over draws and "
+    "over the images judged, each drawn with its twin; averages over attacks, with the normal "
+    "interval over attacks. Trained on the attack's own twins unless it says FGSM. Beside routes: "
+    "mean activations of the same channels, random forest, and 1 - the network's probability of "
+    "its own class, which learns nothing. Published words are for FGSM on ImageNet; on grey images "
+    "FGSM takes steps of 64/256, as 8/256 hardly fools the network there."
 )
 CLASSIFIERS: Mapping[str, str] = {
     "forest": "random forest", "adaboost": "AdaBoost", "boosting": "gradient boosting",
 }  # fmt: skip
-FGSM = "FGSM 8"
 ROUTES, ACTIVATIONS = "routes", "mean activations"
 # Fewer images judged than this say nothing.
 _FEWEST = 10
+_UNDEFINED: Fields = {"ours": None, "note": "the attack fools the network on too few images"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,24 +55,29 @@ class Schedule:
 
     Attributes:
       sizes: n, images of each class that classifiers learn from, ascending.
-      judged: Images of each class that they are judged on.
+      pool: Images of each class that those are drawn from, if the attack fools the network.
+      judged: Images of each class that classifiers are judged on.
       draws: Training sets drawn.
-      attacks: Names of the attacks, the first of which others are also told by.
+      attacks: Names of the attacks; "FGSM", by which others are also told, with the step that
+        suits the images.
       fewer: Whether attacks take fewer steps than their defaults.
     """
 
     sizes: tuple[int, ...] = (1, 5, 10)
+    pool: int = 20
     judged: int = 15
     draws: int = 3
-    attacks: tuple[str, ...] = (FGSM, *(name for name in attacks.ATTACKS if name != FGSM))
+    attacks: tuple[str, ...] = ("FGSM", *attacks.ATTACKS)
     fewer: bool = True
 
     def __post_init__(self) -> None:
         if list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:
             raise ValueError(f"sizes must ascend from 1 or more, not {self.sizes}")
+        if self.pool < self.sizes[-1]:
+            raise ValueError(f"pool must be at least {self.sizes[-1]}, not {self.pool}")
 
 
-SCHEDULES = {"cpu": Schedule(), "published": Schedule(judged=90, draws=10, fewer=False)}
+SCHEDULES = {"cpu": Schedule(), "published": Schedule(pool=30, judged=90, draws=10, fewer=False)}
 
 
 class Twins(NamedTuple):
@@ -98,11 +105,11 @@ class Twins(NamedTuple):
 
 def twins(case: Case, schedule: Schedule, name: str) -> Twins:
     """Attacks images and takes the features of both."""
-    per_class = schedule.sizes[-1] + schedule.judged
+    per_class = schedule.pool + schedule.judged
     some = routes_case.drawn(case, per_class, right=True)
     moved = routes_case.attacked(case, name, some, routes_case.steps(name, schedule.fewer))
     fooled = moved.predicted != moved.labels
-    learns = np.arange(len(some.labels)) % per_class < schedule.sizes[-1]
+    learns = np.arange(len(some.labels)) % per_class < schedule.pool
     normal, adversarial = (
         {kind: rows[fooled] for kind, rows in _features(case, part).items()}
         for part in (some, moved)
@@ -138,27 +145,11 @@ def training_rows(key: Sequence[int], labels: np.ndarray, learns: np.ndarray, n:
 
 def scores(
     case: Case, schedule: Schedule, learned: Twins, told: Twins, n: int, classifier: str, kind: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Suspicion of the images judged and of their twins, `[draws, N]` each."""
-    found = []
-    for draw in range(schedule.draws):
-        rows = training_rows((case.seed, draw, n), learned.labels, learned.learns, n)
-        known = np.concatenate([learned.normal[kind][rows], learned.adversarial[kind][rows]])
-        truth = np.repeat([0, 1], len(rows))
-        fitted = detect.fit(known, truth, classifier=classifier, seed=case.seed + draw)
-        sides = (side[kind][~told.learns] for side in (told.normal, told.adversarial))
-        # Against "normal", so that the score is the probability of "adversarial".
-        found.append(
-            [detect.judge(fitted, side, np.zeros(told.judged, int)).score for side in sides]
-        )
-    normal, adversarial = np.array(found).swapaxes(0, 1)
-    return normal, adversarial
+) -> np.ndarray | None:
+    """Suspicion of the images judged and of their twins, `[2, draws, N]`.
 
-
-def told_apart(
-    case: Case, schedule: Schedule, learned: Twins, told: Twins, n: int, classifier: str, kind: str
-) -> Fields | None:
-    """AUC of a classifier; None where there is too little to learn from or to judge."""
+    None where there is too little to learn from or to judge.
+    """
     if not learned.learns.any() or told.judged < _FEWEST:
         return None
     about = {
@@ -166,52 +157,76 @@ def told_apart(
         "learned": _mark(learned, kind), "told": _mark(told, kind),
     }  # fmt: skip
 
-    def make() -> Fields:
-        normal, adversarial = scores(case, schedule, learned, told, n, classifier, kind)
-        return routes_case.auc(case.seed, normal, adversarial, paired=True)
+    def make() -> list:
+        found = []
+        for draw in range(schedule.draws):
+            rows = training_rows((case.seed, draw, n), learned.labels, learned.learns, n)
+            known = np.concatenate([learned.normal[kind][rows], learned.adversarial[kind][rows]])
+            truth = np.repeat([0, 1], len(rows))
+            fitted = detect.fit(known, truth, classifier=classifier, seed=case.seed + draw)
+            sides = (side[kind][~told.learns] for side in (told.normal, told.adversarial))
+            # Against "normal", so that the score is the probability of "adversarial".
+            none = np.zeros(told.judged, int)
+            found.append([detect.judge(fitted, side, none).score.tolist() for side in sides])
+        return found
 
-    return routes_case.part(case, "detection", about, make)
+    return np.array(routes_case.part(case, "detection", about, make)).swapaxes(0, 1)
 
 
 def _mark(found: Twins, kind: str) -> str:
     return digest((found.labels, found.learns, found.normal[kind], found.adversarial[kind]))
 
 
+def learned_from(learned: Twins, n: int, classes: int) -> str:
+    """How many images a class there are to learn from, where they are fewer than n."""
+    labels = learned.labels[learned.learns]
+    counts = np.minimum(np.unique(labels, return_counts=True)[1], n)
+    if counts.sum() == n * classes:
+        return ""
+    return f"trained on {counts.sum() / classes:.1f} a class, as the attack fools on no more"
+
+
 def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
     """Attacks, learns and judges; the fields of the rows."""
-    found = {name: twins(case, schedule, name) for name in schedule.attacks}
-    first, most = schedule.attacks[0], schedule.sizes[-1]
-    title = case.title
+    names = dict.fromkeys(case.fgsm if name == "FGSM" else name for name in schedule.attacks)
+    found = {name: twins(case, schedule, name) for name in names}
+    first, most = list(names)[0], schedule.sizes[-1]
+    title, classes = case.title, len(case.dataset.classes)
     rows: list[Fields] = []
     table: dict[tuple[str, int, str], dict[str, float]] = {}
 
-    def say(row: str, fields: Fields | None, **more: Any) -> None:
-        undefined = {"ours": None, "note": "the attack fools the network on too few images"}
-        rows.append({"row": f"{title}, {row}", "metric": "AUC", **(fields or undefined), **more})
+    def say(row: str, fields: Fields, **more: Any) -> None:
+        rows.append({"row": f"{title}, {row}", "metric": "AUC", **fields, **more})
+
+    def told_apart(learned: Twins, told: Twins, n: int, classifier: str, kind: str) -> Fields:
+        suspicion = scores(case, schedule, learned, told, n, classifier, kind)
+        if suspicion is None:
+            return _UNDEFINED
+        fields = routes_case.auc(case.seed, *suspicion, paired=True)
+        return noted(fields, learned_from(learned, n, classes))
 
     kinds = [(ROUTES, name) for name in CLASSIFIERS] + [(ACTIVATIONS, "forest")]
     for name, told in found.items():
-        own = (told.confidence[:, ~told.learns]) if told.judged >= _FEWEST else None
-        say(
-            f"{name}, confidence",
-            own if own is None else routes_case.auc(case.seed, 1 - own[0], 1 - own[1], paired=True),
-        )
-        for kind, classifier in kinds:
-            for n in schedule.sizes:
-                fields = told_apart(case, schedule, told, told, n, classifier, kind)
-                if fields is not None:
-                    table.setdefault((kind, n, classifier), {})[name] = fields["ours"]
-                if n == most or (name == first and kind == ROUTES):
-                    said = "near 1" if (name, kind, n) == (FGSM, ROUTES, most) else None
-                    say(f"{name}, {kind}, {CLASSIFIERS[classifier]}, n = {n}", fields,
-                        published=said)  # fmt: skip
+        confidence = _UNDEFINED
+        if told.judged >= _FEWEST:
+            before, after = told.confidence[:, ~told.learns]
+            confidence = routes_case.auc(case.seed, 1 - before, 1 - after, paired=True)
+        say(f"{name}, confidence", confidence)
+        for (kind, classifier), n in itertools.product(kinds, schedule.sizes):
+            fields = told_apart(told, told, n, classifier, kind)
+            if fields["ours"] is not None:
+                table.setdefault((kind, n, classifier), {})[name] = fields["ours"]
+            # Fewer images than the most are told by the averages and the figure.
+            if n == most or (name == first and kind == ROUTES):
+                said = "near 1" if (name, kind, n) == (case.fgsm, ROUTES, most) else None
+                row = f"{name}, {kind}, {CLASSIFIERS[classifier]}, n = {n}"
+                say(row, fields, published=said)
         if name != first:
-            fields = told_apart(case, schedule, found[first], told, most, "forest", ROUTES)
-            say(
-                f"{name}, {ROUTES}, {CLASSIFIERS['forest']}, n = {most}, trained on {first}", fields
-            )
+            fields = told_apart(found[first], told, most, "forest", ROUTES)
+            row = f"{name}, {ROUTES}, {CLASSIFIERS['forest']}, n = {most}, trained on {first}"
+            say(row, fields)
     rows += average_rows(title, table)
-    rows += growth_rows(case, schedule, found[first])
+    rows += growth_rows(case, schedule, first, found[first])
     plots.save(picture(table, schedule), figures / f"{case.slug}.png")
     return rows
 
@@ -222,35 +237,36 @@ def average_rows(
     """Mean AUC over the attacks, by features, n and classifier."""
     return [
         {"row": f"{title}, average over attacks, {kind}, {CLASSIFIERS[classifier]}, n = {n}",
-         "metric": "AUC", "ours": float(np.mean(list(known.values()))), "n": len(known),
-         "note": f"over {len(known)} attacks"}
+         "metric": "AUC", **noted(average(list(known.values())), f"over {len(known)} attacks")}
         for (kind, n, classifier), known in table.items()
     ]  # fmt: skip
 
 
-def growth_rows(case: Case, schedule: Schedule, told: Twins) -> list[Fields]:
-    """What the most images a class gain over the fewest, and forests and boosting over AdaBoost."""
-    if not told.learns.any() or told.judged < _FEWEST:
-        return []
+def growth_rows(case: Case, schedule: Schedule, name: str, told: Twins) -> list[Fields]:
+    """What more images a class gain, and what forests and boosting gain over AdaBoost."""
     few, most = schedule.sizes[0], schedule.sizes[-1]
-    wins = {
-        (n, classifier): routes_case.wins(
-            *scores(case, schedule, told, told, n, classifier, ROUTES)
-        )
+    found = {
+        (n, classifier): scores(case, schedule, told, told, n, classifier, ROUTES)
         for n in (few, most)
         for classifier in CLASSIFIERS
     }
-    name = f"{case.title}, {schedule.attacks[0]}, {ROUTES}"
-    grown = np.mean([wins[most, c] - wins[few, c] for c in CLASSIFIERS], 0)
-    ahead = np.mean([wins[most, c] - wins[most, "adaboost"] for c in ("forest", "boosting")], 0)
-    fgsm = schedule.attacks[0] == FGSM
+    row, published = f"{case.title}, {name}, {ROUTES}", name == case.fgsm
+    fields = [_UNDEFINED, _UNDEFINED]
+    wins = {
+        key: routes_case.wins(*suspicion)
+        for key, suspicion in found.items()
+        if suspicion is not None
+    }
+    if len(wins) == len(found):
+        grown = np.mean([wins[most, c] - wins[few, c] for c in CLASSIFIERS], 0)
+        ahead = np.mean([wins[most, c] - wins[most, "adaboost"] for c in ("forest", "boosting")], 0)
+        fields = [routes_case.resampled(case.seed, part, paired=True) for part in (grown, ahead)]
     return [
-        {"row": f"{name}, n = {most} beyond n = {few}", "metric": "AUC",
-         "published": "above 0" if fgsm else None, "note": "mean over classifiers",
-         **routes_case.resampled(case.seed, grown, paired=True)},
-        {"row": f"{name}, forest and boosting beyond AdaBoost, n = {most}", "metric": "AUC",
-         "published": "slightly above 0" if fgsm else None,
-         **routes_case.resampled(case.seed, ahead, paired=True)},
+        {"row": f"{row}, n = {most} beyond n = {few}", "metric": "AUC",
+         "published": "above 0" if published else None,
+         **noted(fields[0], "mean over classifiers")},
+        {"row": f"{row}, forest and boosting beyond AdaBoost, n = {most}", "metric": "AUC",
+         "published": "slightly above 0" if published else None, **fields[1]},
     ]  # fmt: skip
 
 

@@ -15,6 +15,8 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
+from scipy.spatial import distance
 from sklearn.metrics import adjusted_rand_score
 
 from experiments import routes_case
@@ -25,11 +27,16 @@ TITLE = "Routes: what they mean within layers and classes"
 TEXT = (
     "Separability of the classes in each layer's gates, on test images: accuracy of the 5 nearest "
     "other images (leave-one-out) and silhouette, from the gates themselves rather than from their "
-    "embedding in the plane. Beside them the mean activation of each gated channel, which needs no "
-    "routing. Whole routes: agreement of clusters (Ward) with the classes as the adjusted Rand "
-    "index, mean and normal 95 % interval over groups of images; and how well the distance from a "
-    "class's other routes tells images that the network gets wrong, as AUC with a bootstrapped 95 "
-    "% interval. Other spreads are normal 95 % intervals over images."
+    "embedding in the plane, and how an image's silhouette rises with the number of the layer "
+    "(Spearman). Gates are fitted to the network's answer and may tell it in any layer; beside "
+    "them stands the mean activation of each gated channel, which needs no routing. Whole routes: "
+    "agreement of clusters (Ward) with the classes as the adjusted Rand index, over groups of "
+    "images; the share of one half of the images that is nearest to the mean route of its own "
+    "class in the other half; within each class, Spearman's correlation of the distance at which "
+    "two images merge (average linkage) with that of their pixels, over classes; and how well the "
+    "distance from the other routes of its predicted class tells an image that the network gets "
+    "wrong, as AUC with a bootstrapped interval. Intervals are of 95 %: Wilson's of shares, else "
+    "normal, over images where nothing else is said."
 )
 GATES, ACTIVATIONS = "gates", "mean activations"
 
@@ -78,6 +85,8 @@ def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
         whole = np.concatenate(list(values.values()), 1)
         rows += [
             cluster_row(case, schedule, some, source, whole),
+            prototype_row(case, schedule, some, source, whole),
+            merging_row(case, some, source, whole),
             outlier_row(case, some, source, whole),
         ]
     draw(case, schedule, some, found, figures)
@@ -106,6 +115,11 @@ def layer_rows(
             {"row": f"{case.title}, {source}, last layer beyond the first", "metric": metric,
              "published": "above 0" if source == GATES else None, **average(change)}
         )  # fmt: skip
+    rising = routes_case.depth({name: measured[1] for name, measured in known.items()})
+    rows.append(
+        {"row": f"{case.title}, {source}, silhouette with depth", "metric": "rank correlation",
+         "published": "above 0" if source == GATES else None, **average(rising)}
+    )  # fmt: skip
     return rows
 
 
@@ -127,23 +141,45 @@ def cluster_row(
     }
 
 
-def outlier_row(case: Case, some: Images, source: str, whole: np.ndarray) -> Fields:
-    """How well being far from the rest of one's class tells wrong predictions."""
-    odd = routes.outliers(_rows(whole), some.labels)
-    wrong = some.predicted != some.labels
-    fields = routes_case.auc(case.seed, odd[~wrong], odd[wrong], paired=False)
+def prototype_row(
+    case: Case, schedule: Schedule, some: Images, source: str, whole: np.ndarray
+) -> Fields:
+    """How often an image is nearest to the prototype of its class, made of other images."""
+    learns = np.arange(len(some.labels)) % schedule.per_class < schedule.per_class // 2
+    present, means = routes.prototypes(whole[learns], some.labels[learns])
+    found = present[distance.cdist(whole[~learns], means).argmin(1)]
     return {
-        "row": f"{case.title}, {source} of all layers, distance from the class's others",
-        "metric": "AUC against images predicted wrongly", **fields,
+        "row": f"{case.title}, {source} of all layers, nearest class prototype",
+        "metric": "own class", **average(found == some.labels[~learns], 100, "%"),
     }  # fmt: skip
 
 
-def _rows(values: np.ndarray) -> cdrp.Routes:
-    """Any rows, one an image, in the form of routes."""
-    none = np.zeros(len(values), np.int32)
-    return cdrp.Routes(
-        values, {"all": slice(0, values.shape[1])}, none, none.astype(np.float32), none, none
-    )
+def merging_row(case: Case, some: Images, source: str, whole: np.ndarray) -> Fields:
+    """Whether images of a class that look alike merge early, class by class."""
+    found = []
+    for label in np.unique(some.labels):
+        here = some.labels == label
+        pairs = np.triu_indices(int(here.sum()), 1)
+        heights = routes.cluster(whole[here]).heights()[pairs]
+        pixels = distance.pdist(some.images[here].reshape(int(here.sum()), -1))
+        told = len(pairs[0]) > 2 and np.ptp(heights) > 0 and np.ptp(pixels) > 0
+        found.append(stats.spearmanr(heights, pixels).statistic if told else np.nan)
+    return {
+        "row": f"{case.title}, {source} of all layers, merging within a class",
+        "metric": "rank correlation with the distance of pixels",
+        "published": "above 0" if source == GATES else None, **average(found),
+    }  # fmt: skip
+
+
+def outlier_row(case: Case, some: Images, source: str, whole: np.ndarray) -> Fields:
+    """How well being far from the rest of its predicted class tells a wrong prediction."""
+    odd = routes.outliers(whole, some.predicted)
+    wrong = some.predicted != some.labels
+    fields = routes_case.auc(case.seed, odd[~wrong], odd[wrong], paired=False)
+    return {
+        "row": f"{case.title}, {source} of all layers, distance from the predicted class's others",
+        "metric": "AUC against images predicted wrongly", **fields,
+    }  # fmt: skip
 
 
 def draw(case: Case, schedule: Schedule, some: Images, found: cdrp.Routes, figures: Path) -> None:
@@ -162,7 +198,7 @@ def draw(case: Case, schedule: Schedule, some: Images, found: cdrp.Routes, figur
     for label in range(min(schedule.pictured, len(classes))):
         here = np.flatnonzero(some.labels == label)[: schedule.members]
         members = found.take(here)
-        odd = routes.outliers(members, some.labels[here])
+        odd = routes.outliers(members.gates, some.labels[here])
         drawn = plots.dendrogram(
             routes.cluster(members.gates), some.images[here], np.argsort(-odd)[:3].tolist()
         )

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import numbers
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from jax import lax
 
 from interpret import gates as control
 from nnslicer_jax.batches import across_devices, batches, check_params, count
+from nnslicer_jax.checkpoint import digest
 from nnslicer_jax.cost import BUDGET
 from nnslicer_jax.evaluation import evaluated
 from nnslicer_jax.fold import leaves
@@ -32,6 +34,9 @@ from nnslicer_jax.tensors import read_tensors, write_tensors
 
 # More images at once than this fit no cache and are not faster.
 _MOST_IMAGES = 256
+# Counted in int32.
+_MOST_STEPS = 2**31 - 1
+_SAVE_EVERY = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +157,7 @@ def route(
     bound: float | None = 10.0,
     batch_size: int | None = None,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> Routes:
     """Routes images: distillation guided routing of each.
 
@@ -172,11 +178,15 @@ def route(
       bound: Greatest gate, at least 1; None for no bound.
       batch_size: Images routed at once, which bounds memory; None chooses by the activations.
       progress: Print a line of progress to standard error.
+      checkpoint: File to save progress in about once a minute; where it holds progress of the
+        same call, that is resumed; of an iterable, the images themselves are not compared. In the
+        end it holds the routes.
 
     Raises:
-      ValueError: For a network without a place for gates, or an argument out of range.
+      ValueError: For a network without a place for gates, an argument out of range, or a
+        checkpoint of another call.
     """
-    _check_options(gamma, iterations, learning_rate, momentum, bound)
+    _check_options(gamma, iterations, learning_rate, momentum, bound, batch_size)
     shape = graph.values[graph.logits].shape
     if len(shape) != 2 or shape[0] != 1:
         raise ValueError(
@@ -188,26 +198,43 @@ def route(
     if batch_size is None:
         carried = sum(4 * math.prod(graph.values[i].shape) for i in graph.carried)
         batch_size = max(1, min(_MOST_IMAGES, BUDGET // max(2 * carried, 1)))
-    numbers_ = Descent(gamma, learning_rate, momentum, math.inf if bound is None else bound)
-    total, done = count(images), 0
-    line = Progress("routed", total, "images") if progress else None
-    made = []
-    for batch in batches(graph, images, batch_size):
-        found = descend(
-            graph, control.frozen(layers), params, across_devices(batch.images),
-            iterations, numbers_,
-        )  # fmt: skip
-        made.append({k: np.asarray(v)[: batch.real] for k, v in found.items()})
-        done += batch.real
-        if line:
-            line.at(done)
+    by = Descent(gamma, learning_rate, momentum, math.inf if bound is None else bound)
     options = {
         "at": list(layers), "gamma": float(gamma), "iterations": int(iterations),
         "learning_rate": float(learning_rate), "momentum": float(momentum),
         "bound": None if bound is None else float(bound),
     }  # fmt: skip
-    joined = {key: np.concatenate([part[key] for part in made]) for key in made[0]}
-    return Routes(layers=layers, options=options, **joined)
+    total, made, mark = count(images), list[Routes](), ""
+    if checkpoint is not None:
+        mark = digest((images if total else (), leaves(graph, params)))
+        if Path(checkpoint).exists():
+            before = load_routes(checkpoint)
+            if before.options != options | {"fingerprint": mark} or before.layers != layers:
+                raise ValueError(f"{checkpoint} holds the progress of another call; remove it")
+            made = [dataclasses.replace(before, options=options)]
+    done = sum(map(len, made))
+    line = Progress("routed", total, "images", done) if progress else None
+    saved = time.monotonic()
+    for batch in batches(graph, images, batch_size, done):
+        found = descend(
+            graph, control.frozen(layers), params, across_devices(batch.images), iterations, by
+        )
+        arrays: dict[str, Any] = {k: np.asarray(v)[: batch.real] for k, v in found.items()}
+        made.append(Routes(layers=layers, options=options, **arrays))
+        done += batch.real
+        if line:
+            line.at(done)
+        if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY:
+            _save_progress(made, mark, checkpoint)
+            saved = time.monotonic()
+    if checkpoint is not None:
+        _save_progress(made, mark, checkpoint)
+    return joined(made)
+
+
+def _save_progress(made: Sequence[Routes], mark: str, path: str | Path) -> None:
+    whole = joined(made)
+    dataclasses.replace(whole, options={**whole.options, "fingerprint": mark}).save(path)
 
 
 def logits(
@@ -223,7 +250,8 @@ def logits(
     Raises:
       ValueError: For gates of another shape, or negative ones.
     """
-    gates = control.check_gates(layers, gates, len(images))
+    check_params(params)
+    gates = control.check_gates(graph, layers, gates, len(images))
     static, made, done = control.frozen(layers), [], 0
     for batch in batches(graph, images, batch_size):
         # Rows that only fill the batch up are run under the first gates.
@@ -239,10 +267,10 @@ def logits(
 class Descent(NamedTuple):
     """What a step is taken with: gamma, learning rate, momentum and the greatest gate."""
 
-    gamma: float
-    learning_rate: float
-    momentum: float
-    bound: float
+    gamma: float = 0.05
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    bound: float = 10.0
 
 
 class DescentState(NamedTuple):
@@ -323,13 +351,17 @@ def descend(
 
 
 def _check_options(
-    gamma: Any, iterations: Any, learning_rate: Any, momentum: Any, bound: Any
+    gamma: Any, iterations: Any, learning_rate: Any, momentum: Any, bound: Any, batch_size: Any
 ) -> None:
     """Raises ValueError for a number that is out of range."""
     if not (_is_number(gamma) and gamma >= 0):
         raise ValueError(f"gamma must be a number of 0 or more, not {gamma!r}")
-    if not isinstance(iterations, numbers.Integral) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1, not {iterations!r}")
+    for name, value in (("iterations", iterations), ("batch_size", batch_size)):
+        if name == "batch_size" and value is None:
+            continue
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or not 1 <= value <= _MOST_STEPS:
+            raise ValueError(f"{name} must be an integer in 1..{_MOST_STEPS}, not {value!r}")
     if not (_is_number(learning_rate) and learning_rate > 0):
         raise ValueError(f"learning_rate must be a number above 0, not {learning_rate!r}")
     if not (_is_number(momentum) and 0 <= momentum < 1):

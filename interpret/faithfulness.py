@@ -10,6 +10,7 @@ Scores of slices, effective paths and routes sit beside those of integrated grad
 Taly, Yan, 2017), of the activations themselves, and of chance.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from jax import lax
 from interpret import gates as control
 from interpret.cdrp import Routes
 from interpret.gates import Layers
-from nnslicer_jax.batches import across_devices, batches
+from nnslicer_jax.batches import across_devices, batches, check_params
 from nnslicer_jax.evaluation import evaluate, evaluated
 from nnslicer_jax.fold import check_names
 from nnslicer_jax.graph import Graph, Neuron
@@ -102,6 +103,7 @@ def curves(
         name: np.broadcast_to(np.asarray(fill.get(name, 0), np.float32), neuron.shape)
         for name, neuron in neurons.items()
     }
+    check_params(params)
     exact = [Fraction(f"{step:.12g}") for step in steps]
     limits = {
         name: np.array([math.ceil(share * size) for share in exact], np.int32)
@@ -202,7 +204,7 @@ def of_slice(piece: Slice, names: Sequence[str], by: str = "channels") -> dict[s
     Args:
       piece: The slices of N images.
       names: Neurons to score.
-      by: "channels": of each channel, over its positions, `[N, C]`; "activations": of each
+      by: "channels": summed over each channel's positions, `[N, C]`; "activations": of each
         activation, `[N, ...]`.
 
     Raises:
@@ -215,8 +217,11 @@ def of_slice(piece: Slice, names: Sequence[str], by: str = "channels") -> dict[s
     for name in names:
         if name not in piece.neurons:
             raise ValueError(f"the slice has no neuron {name!r}")
-    held = piece.channels() if by == "channels" else piece.neurons
-    return {name: np.abs(held[name]).astype(np.float32) for name in names}
+    # Not the sum's magnitude: at two positions, +1 and -1 are both part of the slice.
+    held = {name: np.abs(piece.neurons[name]) for name in names}
+    if by == "channels":
+        held = dataclasses.replace(piece, neurons=held).channels()
+    return {name: held[name].astype(np.float32) for name in names}
 
 
 def of_routes(routes: Routes) -> dict[str, np.ndarray]:
@@ -229,6 +234,7 @@ def of_activations(
 ) -> dict[str, np.ndarray]:
     """Mean |activation| of each channel over its positions, `[N, C]`."""
     check_names(graph, names)
+    check_params(params)
     made: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for batch in batches(graph, images, batch_size):
         found = _activity(graph, tuple(names), params, across_devices(batch.images))
@@ -277,6 +283,7 @@ def of_integrated_gradients(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    check_params(params)
     made = []
     for batch in batches(graph, images, batch_size):
         found = _integrated(

@@ -7,7 +7,7 @@ read off the graph's post-dominators: the values through which all that it compu
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,8 @@ def places(graph: Graph, at: str | Sequence[str] = "auto") -> dict[str, slice]:
       at: "convolutions": after the activation of each convolution (of one without an activation,
         after its bias and normalisation); "blocks": at each residual block's output, its
         activation included; "auto": blocks where the network has any, else convolutions; or
-        neuron names, as `graph.neurons()` lists them.
+        neuron names, as `graph.neurons()` lists them. An activation that is written with
+        `jnp.where` is no neuron: a rule's gates then stand in front of it.
 
     Returns:
       Neuron name to its part of a row of gates, in the order of execution, or as named.
@@ -54,6 +55,8 @@ def places(graph: Graph, at: str | Sequence[str] = "auto") -> dict[str, slice]:
             raise ValueError(f"at must be one of {', '.join(RULES)} or neuron names, not {at!r}")
         names = _found(graph, at)
     else:
+        if not isinstance(at, Iterable):
+            raise ValueError(f"at must be one of {', '.join(RULES)} or neuron names, not {at!r}")
         names = list(at)
         check_names(graph, names)
         if not names or len(set(names)) != len(names):
@@ -88,8 +91,18 @@ def _multiplied(before: Any, factor: jax.Array, activation: jax.Array) -> jax.Ar
     return activation * factor.astype(activation.dtype)
 
 
-def check_gates(layers: Layers, gates: Any, count: int) -> np.ndarray:
-    """Gates as float32, or ValueError unless they are finite `[count, G]`, none negative."""
+def check_gates(graph: Graph, layers: Layers, gates: Any, count: int) -> np.ndarray:
+    """Gates as float32, or ValueError unless they are finite `[count, G]`, none negative.
+
+    Each layer's part must be as wide as the layer.
+    """
+    neurons = check_names(graph, layers)
+    for name, part in layers.items():
+        wide = neurons[name].shape[neurons[name].channel]
+        if part.stop - part.start != wide:
+            raise ValueError(
+                f"layers: {name} has {wide} channels, but {part.stop - part.start} gates"
+            )
     gates = np.asarray(gates, np.float32)
     width = max(part.stop for part in layers.values())
     if gates.shape != (count, width):
@@ -140,26 +153,33 @@ def _found(graph: Graph, rule: str) -> list[str]:
     chain = _post_dominators(graph)
     names = {ident: name for name, n in graph.neurons().items() for ident in [n.value]}
     axes = channels.axes(graph)
-    values = {_after(graph, chain, names, axes, node.outputs[0]) for node in starts}
+    values = {_after(graph, chain, names, axes, node) for node in starts}
     return [names[ident] for ident in sorted(values - {graph.logits})]
 
 
 def _residual_sums(graph: Graph) -> list[Node]:
-    """Sums of two arrays that went through different convolutions, one of them perhaps none."""
+    """Sums of a branch with what was led around it, through one convolution at most."""
     passed = [0] * len(graph.values)
     found = []
     for node in graph.nodes:
         if not any(node.data):
             continue
         through = [passed[i] for i, data in zip(node.inputs, node.data, strict=True) if data]
-        if node.key in ("add", "add_any") and all(node.data) and through[0] != through[1]:
-            found.append(node)
+        if _is_sum(node):
+            own = sorted((a & ~b).bit_count() for a, b in (through, through[::-1]))
+            if own[0] <= 1 and own[0] < own[1]:
+                found.append(node)
         total = functools.reduce(int.__or__, through)
         if node.key == "conv_general_dilated":
             total |= 1 << node.index
         for ident in node.outputs:
             passed[ident] = total
     return found
+
+
+def _is_sum(node: Node) -> bool:
+    """Whether it adds two arrays that both depend on the sample."""
+    return node.key in ("add", "add_any") and all(node.data)
 
 
 def _readers(graph: Graph) -> list[list[Node]]:
@@ -195,11 +215,12 @@ def _post_dominators(graph: Graph) -> list[int | None]:
 
 
 def _after(
-    graph: Graph, chain: list[int | None], names: Collection[int], axes: list[int], start: int
+    graph: Graph, chain: list[int | None], names: Collection[int], axes: list[int], node: Node
 ) -> int:
-    """Value id of the activation that follows a value, or of the last before something else."""
+    """Value id of the activation that follows a node, or of the last before something else."""
+    start = node.outputs[0]
     width = graph.values[start].shape[axes[start]]
-    here, last, apart = start, start, False
+    here, last, apart, summed = start, start, False, _is_sum(node)
     while here != graph.logits:
         end = chain[here]
         if end is None:
@@ -209,15 +230,29 @@ def _after(
         if any(node.key in _PRODUCTS for node in nodes) or not shape or shape[axes[end]] != width:
             break
         elementwise = all(node.key in _ELEMENTWISE for node in nodes)
+        active = elementwise and any(map(_is_active, nodes))
+        # A sum with another branch is left only by an activation that follows at once.
+        if summed and not active and not all(node.key in operations.IDENTITY for node in nodes):
+            break
+        summed |= _joins(nodes, here)
         # Normalisation and pooling may stand between a convolution and its activation.
         apart |= not elementwise
         here = end
-        active = elementwise and any(map(_is_active, nodes))
-        if here in names and (active or not apart):
+        if here in names and (active or not (apart or summed)):
             last = here
         if active:
             break
     return last
+
+
+def _joins(nodes: Sequence[Node], here: int) -> bool:
+    """Whether what is led on from a value meets something that does not come from there."""
+    behind = {here}
+    for node in nodes:
+        if any(d and i not in behind for i, d in zip(node.inputs, node.data, strict=True)):
+            return True
+        behind.update(node.outputs)
+    return False
 
 
 def _between(graph: Graph, start: int, end: int) -> list[Node]:

@@ -85,7 +85,8 @@ def drift(
     ax.set_xticks(places, short(list(own)), rotation=45, ha="right", fontsize=8)
     ax.set(xlabel="layer, from input to output", ylabel="correlation of gates", title=title)
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(frameon=False)
+    # Violins may reach anywhere within the axes.
+    drawn.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
     return drawn
 
 

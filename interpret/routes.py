@@ -87,12 +87,14 @@ def ablate(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
-    labels = np.asarray(labels)
+    labels, classes = np.asarray(labels), graph.values[graph.logits].shape[-1]
     if len(images) != len(routes) or labels.shape != (len(routes),):
         raise ValueError(
             f"images, labels and routes must be equally many, not {len(images)}, {len(labels)} "
             f"and {len(routes)}"
         )
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
+        raise ValueError(f"labels must be in 0..{classes - 1}, not {labels.min()}..{labels.max()}")
     chosen = tuple(routes.layers) if layers is None else tuple(layers)
     for name in chosen:
         routes.layer(name)
@@ -290,11 +292,11 @@ def embedding(key: int, rows: np.ndarray, perplexity: float = 30.0) -> np.ndarra
 # Across layers -------------------------------------------------------------------------------
 
 
-def prototypes(routes: Routes, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def prototypes(gates: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean route of each class: its labels `[K]` and gates `[K, G]` float32."""
-    labels = _labels(routes, labels)
+    labels = _labels(gates, labels)
     present = np.unique(labels)
-    means = [routes.gates[labels == label].mean(0, dtype=float) for label in present]
+    means = [gates[labels == label].mean(0, dtype=float) for label in present]
     return present, np.array(means, np.float32)
 
 
@@ -309,6 +311,10 @@ class Clustering(NamedTuple):
 
     merges: np.ndarray
     order: np.ndarray
+
+    def heights(self) -> np.ndarray:
+        """`[N, N]`, the distance at which two routes come to lie in one cluster (cophenetic)."""
+        return distance.squareform(hierarchy.cophenet(self.merges))
 
     def parts(self, count: int) -> np.ndarray:
         """Number of each route's cluster, `[N]` from 0, when cut into at most `count`."""
@@ -337,21 +343,21 @@ def cluster(gates: np.ndarray, method: str = "average") -> Clustering:
     return Clustering(merges, hierarchy.leaves_list(merges))
 
 
-def outliers(routes: Routes, labels: np.ndarray) -> np.ndarray:
-    """How odd each route is in its class, `[N]` float: the largest first to look at.
+def outliers(gates: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How odd each route of `[N, G]` is in its class, `[N]` float: the largest first to look at.
 
     The distance to the mean of the class's other routes, over the median of such distances in the
     class; 0 for a class of one, or of routes that are all equal.
     """
-    labels = _labels(routes, labels)
-    found = np.zeros(len(routes))
+    labels = _labels(gates, labels)
+    found = np.zeros(len(gates))
     for label in np.unique(labels):
         here = np.flatnonzero(labels == label)
         if len(here) < 2:
             continue
-        gates = routes.gates[here].astype(float)
-        others = (gates.sum(0) - gates) / (len(here) - 1)
-        apart = np.sqrt(((gates - others) ** 2).sum(1))
+        rows = gates[here].astype(float)
+        others = (rows.sum(0) - rows) / (len(here) - 1)
+        apart = np.sqrt(((rows - others) ** 2).sum(1))
         middle = np.median(apart)
         found[here] = apart / middle if middle > 0 else np.where(apart > 0, np.inf, 0)
     return found
@@ -366,27 +372,32 @@ class Similarity(NamedTuple):
     Attributes:
       ranks: Layer to `[N]`, Spearman's correlation of the scores of its nodes; NaN where one
         side's are all equal.
-      overlap: Layer to `[N]`, Jaccard similarity 0..1 of the nodes above 0 on the second side
+      overlap: Layer to `[N]`, Jaccard similarity 0..1 of the nodes kept on the second side
         and as many of the highest on the first; NaN where there are none or all.
       chance: Layer to `[N]`, what `overlap` is on average for nodes drawn at random.
-      images: Layer to Spearman's correlation of how far apart each two images are on one side
-        and on the other (1 minus the correlation of their scores); NaN where not defined.
     """
 
     ranks: Mapping[str, np.ndarray]
     overlap: Mapping[str, np.ndarray]
     chance: Mapping[str, np.ndarray]
-    images: Mapping[str, float]
 
 
-def similarity(key: int, first: np.ndarray, second: np.ndarray, layers: Layers) -> Similarity:
+def similarity(
+    key: int,
+    first: np.ndarray,
+    second: np.ndarray,
+    layers: Layers,
+    kept: np.ndarray | None = None,
+) -> Similarity:
     """Compares scores of the nodes, `[N, G]`, such as gates and |CONTRIB| of their channels.
 
     Args:
       key: Seed of the order among equal scores.
       first: Scores, the higher the more important.
-      second: Scores of the same images; what is 0 is not part of the explanation.
+      second: Scores of the same images.
       layers: Where each layer's nodes stand.
+      kept: `[N, G]` bool, the nodes that the second explanation keeps; None for those scored
+        above 0.
 
     Raises:
       ValueError: For scores of different shapes.
@@ -394,20 +405,20 @@ def similarity(key: int, first: np.ndarray, second: np.ndarray, layers: Layers) 
     first, second = np.asarray(first, float), np.asarray(second, float)
     if first.shape != second.shape or first.ndim != 2:
         raise ValueError(f"scores must have one shape [N, G], not {first.shape} and {second.shape}")
+    kept = second > 0 if kept is None else kept
     chances = np.random.default_rng(key).random(first.shape)
-    ranks, overlap, chance, images = {}, {}, {}, {}
+    ranks, overlap, chance = {}, {}, {}
     for name, part in layers.items():
         a, b = first[:, part], second[:, part]
         ranks[name] = np.diagonal(_correlations(_ranked(a), _ranked(b))).copy()
-        width, size = a.shape[1], (b > 0).sum(1)
+        width, size = a.shape[1], kept[:, part].sum(1)
         place = np.argsort(np.lexsort((chances[:, part], -a), axis=-1), axis=-1)
-        both = ((place < size[:, None]) & (b > 0)).sum(1)
+        both = ((place < size[:, None]) & kept[:, part]).sum(1)
         told = (size > 0) & (size < width)
         overlap[name] = np.where(told, both / np.maximum(2 * size - both, 1), np.nan)
         by_chance = np.array([_overlap_by_chance(width, n) for n in range(width + 1)])
         chance[name] = np.where(told, by_chance[size], np.nan)
-        images[name] = _of_distances(a, b)
-    return Similarity(ranks, overlap, chance, images)
+    return Similarity(ranks, overlap, chance)
 
 
 def _overlap_by_chance(width: int, size: int) -> float:
@@ -421,20 +432,10 @@ def _ranked(rows: np.ndarray) -> np.ndarray:
     return stats.rankdata(rows, axis=1)
 
 
-def _of_distances(first: np.ndarray, second: np.ndarray) -> float:
-    pairs = np.triu_indices(len(first), 1)
-    apart = [1 - _correlations(rows, rows)[pairs] for rows in (first, second)]
-    known = np.isfinite(apart[0]) & np.isfinite(apart[1])
-    a, b = (values[known] for values in apart)
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return math.nan
-    return float(stats.spearmanr(a, b).statistic)
-
-
-def _labels(routes: Routes, labels: np.ndarray) -> np.ndarray:
+def _labels(gates: np.ndarray, labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
-    if labels.shape != (len(routes),):
-        raise ValueError(f"labels must be one for each of {len(routes)} routes, not {labels.shape}")
+    if labels.shape != (len(gates),):
+        raise ValueError(f"labels must be one for each of {len(gates)} routes, not {labels.shape}")
     return labels
 
 

@@ -261,6 +261,47 @@ def test_gates_stand_at_the_outputs_of_residual_blocks():
     assert gates.places(graph)["Net/relu_4"] == slice(4, 10)
 
 
+def test_gates_of_a_convolution_do_not_reach_what_goes_around_it():
+    def before(x):
+        # Activations come first in each block; the sums are read twice, or normalised.
+        x = nn.Conv(4, (3, 3))(x)
+        for _ in range(2):
+            x = x + nn.Conv(4, (3, 3))(nn.relu(nn.Conv(4, (3, 3))(nn.relu(x))))
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+    def bottleneck(x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        x = x + nn.BatchNorm(use_running_average=True)(nn.Conv(4, (1, 1))(nn.relu6(x * 2)))
+        return nn.Dense(3)(nn.Conv(5, (1, 1))(x).mean((1, 2)))
+
+    assert places(before, at="convolutions") == [
+        "Net/Conv_0/add", "Net/relu_1", "Net/Conv_1/add", "Net/relu_3", "Net/Conv_3/add",
+    ]  # fmt: skip
+    assert places(before) == ["Net/add_0", "Net/add_1"]
+    found = places(bottleneck, at="convolutions")
+    assert found == ["Net/relu", "Net/BatchNorm_0/add", "Net/Conv_2/add"]
+    assert places(bottleneck) == ["Net/add"]
+
+
+def test_a_sum_of_two_branches_is_no_residual_block():
+    def body(x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x) + nn.Conv(4, (5, 5))(x))
+        return nn.Dense(3)(nn.relu(nn.Conv(6, (3, 3))(x)).mean((1, 2)))
+
+    # The first activation is that of both branches.
+    assert places(body) == ["Net/relu_0", "Net/relu_1"]
+    with pytest.raises(ValueError, match="no residual blocks"):
+        places(body, at="blocks")
+
+    def projected(x):
+        y = nn.Conv(4, (3, 3))(nn.relu(nn.Conv(4, (3, 3))(x)))
+        x = nn.relu(y + nn.Conv(4, (1, 1))(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+    assert places(projected) == ["Net/relu_1"]
+
+
 def test_gates_stand_where_they_are_named():
     model = zoo.model("mlp")
     images = model.images(4)
@@ -286,6 +327,37 @@ def test_routes_are_saved_and_taken(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="safetensors"):
         cdrp.load_routes(path)
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    model, graph, images = small()
+    path = tmp_path / "routes.safetensors"
+    batches = []
+    descend = cdrp.descend
+
+    def killed(*args):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(len(args[3]))
+        return descend(*args)
+
+    monkeypatch.setattr(cdrp, "_SAVE_EVERY", -1)
+    monkeypatch.setattr(cdrp, "descend", killed)
+    options = {"batch_size": 2, "checkpoint": path}
+    with pytest.raises(KeyboardInterrupt):
+        cdrp.route(graph, model.params, images, **options)
+    assert len(cdrp.load_routes(path)) == 4
+    batches.clear()
+    found = cdrp.route(graph, model.params, images, **options)
+    assert len(batches) == 1 and found.options == routed().options
+    np.testing.assert_allclose(found.gates, routed().gates, rtol=1e-3, atol=1e-4)
+    # What is done is read back; another call is not.
+    again = cdrp.route(graph, model.params, images, **options)
+    assert len(batches) == 1
+    np.testing.assert_array_equal(again.gates, found.gates)
+    for more in ({"gamma": 0.1}, {"images": images[::-1]}, {"images": images[:4]}):
+        with pytest.raises(ValueError, match="holds the progress of another call"):
+            cdrp.route(graph, model.params, **{"images": images, **options, **more})
 
 
 def test_routes_of_parts_are_joined():
@@ -319,8 +391,12 @@ def test_files_of_something_else_are_refused(tmp_path):
     [
         ({"gamma": -0.1}, "gamma must be a number of 0 or more, not -0.1"),
         ({"gamma": float("nan")}, "gamma"),
-        ({"iterations": 0}, "iterations must be an integer of at least 1, not 0"),
+        ({"iterations": 0}, "iterations must be an integer in 1..2147483647, not 0"),
         ({"iterations": 2.5}, "iterations"),
+        ({"iterations": True}, "iterations"),
+        ({"iterations": 2**40}, "iterations"),
+        ({"batch_size": 2.5}, "batch_size must be an integer"),
+        ({"at": 3}, "at must be one of auto, convolutions, blocks or neuron names, not 3"),
         ({"learning_rate": 0}, "learning_rate must be a number above 0, not 0"),
         ({"momentum": 1.0}, "momentum"),
         ({"bound": 0.5}, "bound must be None or a number of at least 1, not 0.5"),
@@ -357,5 +433,11 @@ def test_gates_of_another_shape_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             cdrp.logits(graph, model.params, images, layers, wrong)
+    narrow = {LENET[0]: slice(0, 1), LENET[1]: slice(1, 7)}
+    with pytest.raises(ValueError, match="Net/relu_0 has 4 channels, but 1 gates"):
+        cdrp.logits(graph, model.params, images, narrow, np.ones((6, 7)))
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, model.params)
+    with pytest.raises(ValueError, match="finite"):
+        cdrp.logits(graph, broken, images, layers, np.ones((6, 10)))
     with pytest.raises(ValueError, match="no gates at 'x'"):
         routed().layer("x")

@@ -119,7 +119,7 @@ def test_scores_are_those_of_slices_routes_and_activations():
     graph, params, images = small()
     piece = a_slice()
     by_channel = faithfulness.of_slice(piece, [CONV, "input"])
-    np.testing.assert_array_equal(by_channel[CONV], np.abs(piece.neurons[CONV].sum((1, 2))))
+    np.testing.assert_array_equal(by_channel[CONV], np.abs(piece.neurons[CONV]).sum((1, 2)))
     single = faithfulness.of_slice(piece, ["input"], "activations")
     np.testing.assert_array_equal(single["input"], np.abs(piece.neurons["input"]))
     active = faithfulness.of_activations(graph, params, images, [LATER, CONV], batch_size=2)

@@ -67,7 +67,11 @@ def test_routes_are_made_once(case, monkeypatch):
     )
     with pytest.raises(AssertionError, match="made before"):
         routes_case.routed(other, images)
-    monkeypatch.setattr(routes_case, "_code", lambda parts: "changed")
+    card = {**case.trained.card, "options": {"mean": 0.2}}
+    for changed in (dataclasses.replace(case, trained=case.trained._replace(card=card)),):
+        with pytest.raises(AssertionError, match="made before"):
+            routes_case.routed(changed, images)
+    monkeypatch.setattr(routes_case, "ROUTING", "changed")
     with pytest.raises(AssertionError, match="made before"):
         routes_case.routed(case, images)
 
@@ -77,11 +81,18 @@ def test_attacked_images_are_made_once(case, monkeypatch):
     found = routes_case.attacked(case, "DeepFool L2", some, {})
     assert (found.predicted != some.labels).mean() > 0.8
     np.testing.assert_array_equal(found.labels, some.labels)
-    monkeypatch.setattr(routes_case.attacks, "ATTACKS", {"DeepFool L2": refused})
+    monkeypatch.setattr(routes_case, "_ATTACKS", {"DeepFool L2": refused})
     again = routes_case.attacked(case, "DeepFool L2", some, {})
     np.testing.assert_array_equal(again.images, found.images)
     with pytest.raises(AssertionError, match="made before"):
         routes_case.attacked(case, "DeepFool L2", some, {"steps": 3})
+
+
+def test_fgsm_suits_the_images(case):
+    assert case.fgsm == "FGSM 64"
+    some = routes_case.drawn(case, 1, right=True)
+    moved = routes_case.attacked(case, case.fgsm, some, {})
+    assert np.abs(moved.images - some.images).max() == pytest.approx(0.25)
 
 
 def test_parts_are_made_once(case):
@@ -107,6 +118,32 @@ def test_averages_have_normal_intervals():
     assert routes_case.noted({"ours": 1}, "b")["note"] == "b"
     table = np.array([[1.0, np.nan, 3.0], [np.nan] * 3])
     np.testing.assert_array_equal(routes_case.mean_known(table), [2, np.nan])
+
+
+def test_shares_have_wilsons_intervals():
+    found = routes_case.average(np.array([True] * 9 + [False]), 100, "%")
+    # Wilson (1927), by hand: (p + z^2 / 2n +- z sqrt(p(1 - p)/n + z^2 / 4n^2)) / (1 + z^2 / n).
+    z, n, share = 1.96, 10, 0.9
+    middle, half = share + z**2 / 20, z * (share * 0.1 / n + z**2 / 400) ** 0.5
+    expected = [100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
+    assert found["ours"] == pytest.approx(90) and found["spread"] == pytest.approx(
+        expected, rel=1e-4
+    )
+    low, high = routes_case.average(np.ones(20, bool))["spread"]
+    assert 0.8 < low < 0.9 and high == 1
+
+
+def test_depth_is_rank_correlation_with_the_layer():
+    values = {"a": np.array([1.0, 3, 0, 2]), "b": np.array([2.0, 1, np.nan, 2]),
+              "c": np.array([3.0, 2, 1, 2])}  # fmt: skip
+    np.testing.assert_allclose(routes_case.depth(values), [1, -0.5, np.nan, np.nan])
+
+
+def test_intervals_are_over_classifiers_too():
+    # Two classifiers, of which one tells all and the other nothing.
+    found = np.stack([np.ones((30, 30)), np.full((30, 30), 0.5)])
+    row = routes_case.resampled(0, found, paired=True)
+    assert row["ours"] == 0.75 and row["spread"] == pytest.approx((0.5, 1)) and row["n"] == 30
 
 
 def test_auc_is_that_of_the_library():

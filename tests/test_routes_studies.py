@@ -43,7 +43,7 @@ STUDIES = {
     "routes_detection": (
         routes_detection,
         routes_detection.Schedule(
-            sizes=(1, 2), judged=2, draws=1, attacks=(ATTACK, "FGSM 2", "Spatial")
+            sizes=(1, 2), pool=4, judged=2, draws=2, attacks=(ATTACK, "FGSM 2", "Spatial")
         ),
         ["digits_cnn.png"],
     ),
@@ -103,7 +103,7 @@ def test_a_study_goes_on_where_it_stopped(made, folder, name, monkeypatch):
     record = made(name)
     study, schedule, _ = STUDIES[name]
     monkeypatch.setattr(cdrp, "route", refused)
-    monkeypatch.setattr(attacks, "ATTACKS", dict.fromkeys(attacks.ATTACKS, refused))
+    monkeypatch.setattr(routes_case, "_ATTACKS", dict.fromkeys(attacks.ATTACKS, refused))
     again = routes_case.results(
         study.STUDY, ["digits_cnn"], schedule, data_dir=None, work=folder / "work",
         figures=folder / "again", seed=0,
@@ -158,11 +158,31 @@ def test_semantics_measures_gates_by_layer(made, case):
         "digits_cnn, gates of all layers, 10 clusters", "adjusted Rand index with the classes"
     ]
     assert row.ours == pytest.approx(adjusted_rand_score(some.labels, parts))
-    name = "digits_cnn, gates of all layers, distance from the class's others"
+    rising = [
+        stats.spearmanr(row, np.arange(len(row))).statistic
+        for row in np.stack(
+            [routes.separable(found.layer(n), some.labels, 5)[1] for n in case.layers], 1
+        )
+    ]
+    row = rows["digits_cnn, gates, silhouette with depth", "rank correlation"]
+    assert row.ours == pytest.approx(np.mean(rising)) and row.published == "above 0"
+    learns = np.arange(60) % 6 < 3
+    right = []
+    for gate, label in zip(found.gates[~learns], some.labels[~learns], strict=True):
+        means = [found.gates[learns & (some.labels == k)].mean(0) for k in range(10)]
+        right.append(np.argmin([np.linalg.norm(gate - mean) for mean in means]) == label)
+    row = rows["digits_cnn, gates of all layers, nearest class prototype", "own class"]
+    assert row.ours == pytest.approx(100 * np.mean(right)) and row.n == 30
+    row = rows[
+        "digits_cnn, gates of all layers, merging within a class",
+        "rank correlation with the distance of pixels",
+    ]
+    assert row.n == 10 and -1 <= row.ours <= 1 and row.published == "above 0"
+    name = "digits_cnn, gates of all layers, distance from the predicted class's others"
     wrong = some.predicted != some.labels
     row = rows[name, "AUC against images predicted wrongly"]
     if wrong.any():
-        odd = routes.outliers(found, some.labels)
+        odd = routes.outliers(found.gates, some.predicted)
         assert row.ours == pytest.approx(roc_auc_score(wrong, odd))
     else:
         assert row.ours is None
@@ -184,6 +204,7 @@ def test_drift_is_correlation_by_layer(made, case):
     fooled = np.flatnonzero(moved.predicted != some.labels)
     known = routes_case.drawn(case, 3, split="train", right=True)
     before, after, samples = (routes_case.routed(case, p.images) for p in (some, moved, known))
+    by_layer = []
     for name in case.layers:
         own, target, unmoved = [], [], []
         for i in fooled:
@@ -202,35 +223,60 @@ def test_drift_is_correlation_by_layer(made, case):
             found = rows[row, f"correlation {said}"]
             assert found.ours == pytest.approx(np.mean(defined(values)), abs=1e-6)
             assert found.n == len(defined(values)) > 10
-    change = rows[
-        f"digits_cnn, {ATTACK}, last layer beyond the first", "correlation with its original"
+        by_layer.append((own, target))
+    for at, said, published in (
+        (0, "with its original", "below 0"), (1, "with the class it is taken for", "above 0")
+    ):  # fmt: skip
+        pairs = [
+            pair for pair in zip(by_layer[0][at], by_layer[-1][at], strict=True) if None not in pair
+        ]
+        change = rows[f"digits_cnn, {ATTACK}, last layer beyond the first", f"correlation {said}"]
+        assert change.published == published and change.n == len(pairs)
+        assert change.ours == pytest.approx(np.mean([b - a for a, b in pairs]), abs=1e-6)
+        # Of two layers, the sign of the change.
+        depth = rows[f"digits_cnn, {ATTACK}, correlation {said}, with depth", "rank correlation"]
+        signs = [np.sign(b - a) for a, b in pairs if a != b]
+        assert depth.published == published and depth.ours == pytest.approx(np.mean(signs), abs=0.1)
+    nearer = rows[
+        f"digits_cnn, {ATTACK}, last layer",
+        "images: mean correlation with the class above that with the original",
     ]
-    assert change.published == "below 0"
+    both = [(a, b) for a, b in zip(*by_layer[-1], strict=True) if None not in (a, b)]
+    assert nearer.ours == pytest.approx(100 * np.mean([b > a for a, b in both]))
 
 
 def test_detection_is_that_of_the_library(made, case):
     rows = by_name(made("routes_detection"))
-    some = routes_case.drawn(case, 4, right=True)
+    some = routes_case.drawn(case, 6, right=True)
     moved = routes_case.attacked(case, ATTACK, some, {})
     fooled = moved.predicted != some.labels
-    learns = np.arange(40) % 4 < 2
+    learns = np.arange(60) % 6 < 4
     normal, adversarial = (routes_case.routed(case, p.images).gates for p in (some, moved))
-    # The most images a class: all that may be learned from.
-    known = np.concatenate([normal[learns & fooled], adversarial[learns & fooled]])
-    forest = RandomForestClassifier(100, random_state=0)
-    forest.fit(known, np.repeat([0, 1], len(known) // 2))
     told = np.concatenate([normal[~learns & fooled], adversarial[~learns & fooled]])
     truth = np.repeat([0, 1], len(told) // 2)
     row = rows[f"digits_cnn, {ATTACK}, routes, random forest, n = 2", "AUC"]
-    assert row.n == len(told) // 2
-    expected = roc_auc_score(truth, forest.predict_proba(told)[:, 1])
-    assert row.ours == pytest.approx(expected)
+    found, sets = [], []
+    for draw in (0, 1):
+        which = np.flatnonzero(fooled)
+        chosen = which[
+            routes_detection.training_rows((0, draw, 2), some.labels[which], learns[which], 2)
+        ]
+        assert learns[chosen].all() and np.bincount(some.labels[chosen]).max() == 2
+        known = np.concatenate([normal[chosen], adversarial[chosen]])
+        forest = RandomForestClassifier(100, random_state=draw)
+        forest.fit(known, np.repeat([0, 1], len(chosen)))
+        found.append(roc_auc_score(truth, forest.predict_proba(told)[:, 1]))
+        sets.append(chosen.tolist())
+    assert row.n == len(told) // 2 and row.ours == pytest.approx(np.mean(found))
+    assert sets[0] != sets[1]
     confidence = np.concatenate([p.probabilities.max(1)[~learns & fooled] for p in (some, moved)])
     row = rows[f"digits_cnn, {ATTACK}, confidence", "AUC"]
     assert row.ours == pytest.approx(roc_auc_score(truth, 1 - confidence))
     # The smallest step of FGSM fools the network on hardly any.
     few = rows["digits_cnn, FGSM 2, routes, random forest, n = 2", "AUC"]
     assert few.ours is None and "too few" in few.note
+    average = rows["digits_cnn, average over attacks, routes, random forest, n = 2", "AUC"]
+    assert f"over {average.n} attacks" in average.note and average.n < 3
     grown = rows[f"digits_cnn, {ATTACK}, routes, n = 2 beyond n = 1", "AUC"]
     at = [
         np.mean([
@@ -250,6 +296,14 @@ def test_classifiers_learn_from_n_images_of_each_class():
     assert learns[rows].all() and len(set(rows.tolist())) == len(rows)
     assert np.bincount(labels[rows]).tolist() == [3, 1, 3]
     np.testing.assert_array_equal(rows, routes_detection.training_rows((0, 1), labels, learns, 3))
+
+
+def test_classifiers_that_lack_images_say_so():
+    none = np.zeros((2, 6))
+    labels, learns = np.array([0, 0, 0, 1, 1, 1]), np.array([True, True, True, True, False, False])
+    learned = routes_detection.Twins(labels, learns, {}, {}, none)
+    assert routes_detection.learned_from(learned, 1, 2) == ""
+    assert routes_detection.learned_from(learned, 3, 2).startswith("trained on 2.0 a class")
 
 
 def test_faithfulness_rows_are_areas_of_the_curves(made, case):
@@ -294,6 +348,7 @@ def test_schedules_are_checked():
         (lambda: routes_ablation.Schedule(shares=(0.01, 1)), "shares must begin with 0"),
         (lambda: routes_semantics.Schedule(per_class=5), "group and members must be 2..5"),
         (lambda: routes_detection.Schedule(sizes=(5, 1)), "sizes must ascend"),
+        (lambda: routes_detection.Schedule(pool=9), "pool must be at least 10, not 9"),
     ):
         with pytest.raises(ValueError, match=words):
             make()
