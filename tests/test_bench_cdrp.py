@@ -22,6 +22,7 @@ def test_rows_fit_the_schema(monkeypatch):
         name = f"digits_cnn, batch {size}"
         assert found[name, "images routed a second"].ours > 0
         assert found[name, "time against 2 passes of the network"].ours > 0
+        assert found[name, "time against 2 passes of the network as traced"].ours > 0
         assert found[name, "temporary memory an image"].ours > 0
     best = found["digits_cnn, best batch", "images routed a second"]
     assert best.ours == max(r.ours for r in rows if r.metric == best.metric)
