@@ -27,8 +27,8 @@ TEXT = (
     "images a second, the time against as many forward and backward passes of the plain jitted "
     "network on the same batch, with the 95 % interval of that ratio of medians over resampled "
     "runs; the same against passes of the network as traced, whose convolutions take the faster "
-    "forms that routing takes; and the compiled loop's temporary memory as the compiler plans it. Targets are for two "
-    "CPU cores."
+    "forms that routing takes; and the compiled loop's temporary memory as the compiler plans it. "
+    "Targets are for two CPU cores."
 )
 _ITERATIONS = 30
 # Most passes of the plain network that as many iterations may take the time of.
