@@ -161,7 +161,7 @@ def attack_rows(case: Case, name: str, found: Drift) -> list[Fields]:
 
 
 STUDY = routes_case.Study(
-    "routes_adversarial", TITLE, TEXT, SCHEDULES, run, ("auto", "convolutions")
+    "routes_adversarial", TITLE, TEXT, SCHEDULES, run, ("published", "convolutions")
 )
 
 

@@ -35,8 +35,26 @@ from nnslicer_jax.checkpoint import digest
 
 Fields = dict[str, Any]  # of a record.Row
 
-# Where gates stand: the rule, and how the title says it.
-PLACES: Mapping[str, str] = {"auto": "", "convolutions": ", gates at every convolution"}
+
+class Reading(NamedTuple):
+    """How routes are made.
+
+    Attributes:
+      at: Where gates stand.
+      balanced: Whether gamma and the learning rate suit the number of gates; else as published.
+      title: How rows say it.
+    """
+
+    at: str
+    balanced: bool
+    title: str
+
+
+READINGS: Mapping[str, Reading] = {
+    "published": Reading("auto", False, ""),
+    "convolutions": Reading("convolutions", False, ", gates at every convolution"),
+    "balanced": Reading("auto", True, ", gamma balanced"),
+}
 # Images routed between two files, at most; a run that is stopped loses no more.
 _PART = 256
 _BATCH = 256
@@ -70,14 +88,15 @@ _ATTACKS: Mapping[str, Callable[..., attacks.Adversarial]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A network with its data, and where its gates stand.
+    """A network with its data, and how it is routed.
 
     Attributes:
       trained: The network.
       graph: It, traced.
       dataset: Where images come from.
-      at: One of `PLACES`.
+      reading: One of `READINGS`.
       layers: Where gates stand.
+      options: Of `cdrp.route`, other than its defaults.
       folder: Where routes and attacked images are kept.
       seed: Of every draw.
     """
@@ -85,8 +104,9 @@ class Case:
     trained: nns.zoo.Trained
     graph: nns.Graph
     dataset: data.Dataset
-    at: str
+    reading: str
     layers: Mapping[str, slice]
+    options: Mapping[str, Any]
     folder: Path
     seed: int
 
@@ -113,12 +133,13 @@ class Case:
     @property
     def title(self) -> str:
         """What rows begin with."""
-        return f"{self.trained.card['name']}{PLACES[self.at]}"
+        return f"{self.trained.card['name']}{READINGS[self.reading].title}"
 
     @property
     def slug(self) -> str:
         """What files of the case begin with."""
-        return self.trained.card["name"] + ("_convolutions" if self.at != "auto" else "")
+        name = self.trained.card["name"]
+        return name if self.reading == "published" else f"{name}_{self.reading}"
 
     @property
     def said(self) -> str:
@@ -150,19 +171,24 @@ class Images(NamedTuple):
         return Images(*(values[index] for values in self))
 
 
-def prepare(model: str, data_dir: str | None, folder: Path, seed: int, at: str = "auto") -> Case:
+def prepare(
+    model: str, data_dir: str | None, folder: Path, seed: int, reading: str = "published"
+) -> Case:
     """Loads a network of the zoo with its data, and finds the places of its gates.
 
     Raises:
-      ValueError: For an unknown network or place.
+      ValueError: For an unknown network or reading.
       FileNotFoundError: If weights or data are nowhere.
     """
-    if at not in PLACES:
-        raise ValueError(f"at must be one of {', '.join(PLACES)}, not {at!r}")
+    if reading not in READINGS:
+        raise ValueError(f"reading must be one of {', '.join(READINGS)}, not {reading!r}")
     trained = nns.zoo.load(model)
     dataset = data.load(trained.card["data"], data_dir)
     graph = nns.trace(trained.model.apply, trained.variables, data.to_float(_some(dataset)))
-    return Case(trained, graph, dataset, at, gates.places(graph, at), folder, seed)
+    layers = gates.places(graph, READINGS[reading].at)
+    count = max(part.stop for part in layers.values())
+    options = cdrp.balanced(count) if READINGS[reading].balanced else {}
+    return Case(trained, graph, dataset, reading, layers, options, folder, seed)
 
 
 def _some(dataset: data.Dataset) -> np.ndarray:
@@ -239,14 +265,16 @@ def routed(case: Case, images: np.ndarray) -> cdrp.Routes:
     places = {name: [part.start, part.stop] for name, part in case.layers.items()}
     parts = []
     for rows in filled(len(images), size):
-        key = _digest(case, ROUTING, {"at": places}, images[rows])
+        about = {"at": places, "options": dict(case.options)}
+        key = _digest(case, ROUTING, about, images[rows])
         path = case.folder / "routes" / f"{key}.safetensors"
         if path.exists():
             made = cdrp.load_routes(path)
         else:
             made = cdrp.route(
-                case.graph, case.params, images[rows], list(case.layers), progress=True
-            )
+                case.graph, case.params, images[rows], list(case.layers), progress=True,
+                **case.options,
+            )  # fmt: skip
             made.save(path)
         parts.append(made)
     return cdrp.joined(parts).take(np.arange(len(images)))
@@ -412,7 +440,7 @@ class Study(NamedTuple):
       text: What a reader needs beside the table.
       schedules: Name to how much is run.
       run: Function of a case, a schedule and the folder of the figures to the rows' fields.
-      places: Where gates stand, each studied for itself.
+      readings: How routes are made, each studied for itself.
     """
 
     name: str
@@ -420,7 +448,7 @@ class Study(NamedTuple):
     text: str
     schedules: Mapping[str, Any]
     run: Callable[[Case, Any, Path], list[Fields]]
-    places: tuple[str, ...] = ("auto",)
+    readings: tuple[str, ...] = ("published",)
 
 
 def results(
@@ -435,12 +463,15 @@ def results(
     """
     rows: list[record.Row] = []
     for model in models:
-        known: list[Mapping[str, slice]] = []
-        for at in study.places:
-            case = prepare(model, data_dir, work, seed, at)
-            if case.layers in known:
+        known: list[Any] = []
+        for reading in study.readings:
+            case = prepare(model, data_dir, work, seed, reading)
+            # Few gates are balanced as published, and some networks have no blocks.
+            usual = case.options == cdrp.balanced(1)
+            made = case.layers, {} if usual else case.options
+            if made in known:
                 continue
-            known.append(case.layers)
+            known.append(made)
             # Before the run: the code may change while it goes on.
             about = origin(data=case.said, seeds=[seed])
             for fields in study.run(case, schedule, figures):

@@ -441,3 +441,14 @@ def test_gates_of_another_shape_are_refused():
         cdrp.logits(graph, broken, images, layers, np.ones((6, 10)))
     with pytest.raises(ValueError, match="no gates at 'x'"):
         routed().layer("x")
+
+
+def test_many_gates_weigh_no_more_than_a_few_hundred():
+    for count in (1, 22, 240):
+        assert cdrp.balanced(count) == {"gamma": 0.05, "learning_rate": 0.1}
+    many = cdrp.balanced(4224)
+    assert many["gamma"] * 4224 == pytest.approx(12)
+    # A gate that the probabilities do not depend on takes the published steps.
+    assert many["gamma"] * many["learning_rate"] == pytest.approx(0.005)
+    with pytest.raises(ValueError, match="count must be at least 1, not 0"):
+        cdrp.balanced(0)

@@ -101,8 +101,20 @@ def test_parts_are_made_once(case):
     assert routes_case.part(case, "test", {"n": 2}, lambda: 3) == 3
 
 
-def test_places_are_checked(case):
-    with pytest.raises(ValueError, match="at must be one of auto, convolutions, not 'x'"):
+def test_balanced_routes_are_made_with_balanced_gamma(case):
+    # 48 gates: as published.
+    few = routes_case.prepare("digits_cnn", None, case.folder, 0, "balanced")
+    assert few.options == {"gamma": 0.05, "learning_rate": 0.1} and few.title.endswith("balanced")
+    other = dataclasses.replace(few, options=cdrp.balanced(480))
+    images = routes_case.drawn(case, 1).images
+    found = routes_case.routed(other, images)
+    assert found.options["gamma"] == 12 / 480
+    direct = cdrp.route(case.graph, case.params, images, gamma=0.025, learning_rate=0.2)
+    np.testing.assert_allclose(found.gates, direct.gates, rtol=1e-3, atol=1e-4)
+
+
+def test_readings_are_checked(case):
+    with pytest.raises(ValueError, match="reading must be one of published, convolutions, balanc"):
         routes_case.prepare("digits_cnn", None, case.folder, 0, "x")
 
 
