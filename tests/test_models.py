@@ -11,13 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+import nnslicer_jax as nns
+from interpret import gates
 from nnslicer_jax import models
 from nnslicer_jax.convolution import convolve, patches
+from nnslicer_jax.models.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalised
+from nnslicer_jax.models.residual import BottleneckBlock
 
 # Input shape and number of parameters. The residual and plain networks have the published layouts
 # (He et al. count 0.27 M and 11.2 M), VGG-16 that of HYDRA (15.3 M), LeNet-1 and LeNet-5 those of
-# the published DFlare pairs; the others are counted by hand below.
+# the published DFlare pairs. AlexNet, ResNet-50 and VGG-16 of ImageNet have 61,100,840, 25,557,032
+# and 138,357,544 with 1000 classes, here less 990 of them; the others are counted by hand below.
 MODELS = {
+    "alexnet": ((224, 224, 3), 61_100_840 - 990 * 4097),
     "digits_cnn": ((8, 8, 1), 160 + 4640 + 128 * 32 + 32 + 330),
     "lenet1": ((28, 28, 1), 7_206),
     "lenet4": ((28, 28, 1), 156 + 2416 + 784 * 84 + 84 + 850),
@@ -27,9 +33,12 @@ MODELS = {
     "resnet10": ((32, 32, 3), 308_826),
     "resnet18": ((32, 32, 3), 11_173_962),
     "resnet20": ((32, 32, 3), 269_722),
+    "resnet50": ((224, 224, 3), 25_557_032 - 990 * 2049),
     "vgg16": ((32, 32, 3), 15_316_042),
+    "vgg16_imagenet": ((224, 224, 3), 138_357_544 - 990 * 4097),
 }
-SMALL = sorted(set(MODELS) - {"resnet18", "vgg16"})
+IMAGENET = ("alexnet", "resnet50", "vgg16_imagenet")
+SMALL = sorted(set(MODELS) - {"resnet18", "vgg16", *IMAGENET})
 
 
 def abstract_variables(name, **options):
@@ -97,6 +106,95 @@ def test_training_updates_the_statistics_only_of_batch_norm(name):
         not np.allclose(a, b)
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "convolutions", "last"),
+    [("alexnet", 5, 5, 256), ("vgg16_imagenet", 13, 13, 512), ("resnet50", 16, 49, 2048)],
+)
+def test_gates_of_the_networks_of_imagenet(name, auto, convolutions, last):
+    model, variables = abstract_variables(name)
+    image = jax.ShapeDtypeStruct((1, *MODELS[name][0]), jnp.float32)
+    graph = nns.trace(model.apply, variables, image)
+    # ResNet-50's four projections end where their blocks do: 53 convolutions, 49 places.
+    for rule, count in (("auto", auto), ("convolutions", convolutions)):
+        found = list(gates.places(graph, rule).values())
+        assert len(found) == count
+        assert found[0].start == 0 and found[-1].stop - found[-1].start == last
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16_imagenet"])
+def test_small_images_are_refused(name):
+    model = models.create(name)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 63, 63, 3)))
+    with pytest.raises(ValueError, match=r"from \d\d, got \(1, 63, 31, 3\)"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 63, 31, 3)))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16_imagenet"])
+def test_dropout_of_the_networks_of_imagenet_is_for_training(name):
+    model = models.create(name)
+    image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = jax.make_jaxpr(lambda v, x, k: model.apply(v, x, train=True, rngs={"dropout": k}))
+    assert "random_bits" in str(program(variables, image, key))
+    assert "random_bits" not in str(jax.make_jaxpr(model.apply)(variables, image))
+
+
+def test_images_are_normalised_by_channel():
+    x = np.random.default_rng(0).random((2, 3, 4, 3), np.float32)
+    expected = (x - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    found = normalised(jnp.asarray(x), IMAGENET_MEAN, IMAGENET_STD)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(normalised(jnp.asarray(x), 0.5, 2), (x - 0.5) / 2, rtol=1e-6)
+
+
+def naive_convolution(x, kernel, stride, border):
+    """One value at a time."""
+    x = np.pad(x, ((border, border), (border, border), (0, 0)))
+    size = kernel.shape[0]
+    rows, columns = ((n - size) // stride + 1 for n in x.shape[:2])
+    return np.array([
+        [
+            [(x[r * stride :, c * stride :][:size, :size] * kernel[..., o]).sum()
+             for o in range(kernel.shape[3])]
+            for c in range(columns)
+        ]
+        for r in range(rows)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [5, 6])
+def test_bottleneck_block(size):
+    """Small integers, under batch norm that changes nothing."""
+    rng = np.random.default_rng(size)
+    block = BottleneckBlock(2, 2)
+    x = rng.integers(-3, 4, (1, size, size, 3)).astype(np.float32)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    params = {
+        name: {"kernel": rng.integers(-2, 3, leaf["kernel"].shape).astype(np.float32)}
+        for name, leaf in variables["params"].items()
+        if name.startswith("Conv")
+    }
+    kernels = [params[f"Conv_{i}"]["kernel"] for i in range(4)]
+    for name, leaf in variables["batch_stats"].items():
+        params[name] = {
+            k: np.full(leaf["mean"].shape, k == "scale", "f4") for k in ("scale", "bias")
+        }
+    # Batch norm adds 1e-5 to the variance.
+    stats = {
+        name: {
+            "mean": np.zeros(leaf["mean"].shape, "f4"),
+            "var": np.full(leaf["var"].shape, 1 - 1e-5, "f4"),
+        }
+        for name, leaf in variables["batch_stats"].items()
+    }
+    y = np.maximum(naive_convolution(x[0], kernels[0], 1, 0), 0)
+    y = np.maximum(naive_convolution(y, kernels[1], 2, 1), 0)
+    y = naive_convolution(y, kernels[2], 1, 0) + naive_convolution(x[0], kernels[3], 2, 0)
+    found = block.apply({"params": params, "batch_stats": stats}, x)
+    np.testing.assert_allclose(found[0], np.maximum(y, 0), rtol=1e-5)
 
 
 def test_normalisation_is_part_of_the_model():

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from nnslicer_jax.models.alexnet import AlexNet
 from nnslicer_jax.models.digits_cnn import DigitsCNN
 from nnslicer_jax.models.lenet1 import LeNet1
 from nnslicer_jax.models.lenet4 import LeNet4
@@ -16,9 +17,12 @@ from nnslicer_jax.models.plainnet20 import PlainNet20
 from nnslicer_jax.models.resnet10 import ResNet10
 from nnslicer_jax.models.resnet18 import ResNet18
 from nnslicer_jax.models.resnet20 import ResNet20
+from nnslicer_jax.models.resnet50 import ResNet50
 from nnslicer_jax.models.vgg16 import VGG16
+from nnslicer_jax.models.vgg16_imagenet import VGG16ImageNet
 
 MODELS: dict[str, type[nn.Module]] = {
+    "alexnet": AlexNet,
     "digits_cnn": DigitsCNN,
     "lenet1": LeNet1,
     "lenet4": LeNet4,
@@ -28,7 +32,9 @@ MODELS: dict[str, type[nn.Module]] = {
     "resnet10": ResNet10,
     "resnet18": ResNet18,
     "resnet20": ResNet20,
+    "resnet50": ResNet50,
     "vgg16": VGG16,
+    "vgg16_imagenet": VGG16ImageNet,
 }
 
 
