@@ -79,12 +79,13 @@ def save(
     folder: str | os.PathLike,
     *,
     options: Mapping[str, Any] | None = None,
+    rounded: bool = True,
     measure: Callable[[nn.Module, dict[str, Any]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Writes ``name.safetensors`` and ``name.json``.
 
-    Arrays with more than one axis are rounded to float16, the others (biases, batch statistics)
-    stay float32.
+    Arrays with more than one axis are rounded to float16 unless told otherwise, the others
+    (biases, batch statistics) stay float32.
 
     Args:
         name: of the two files.
@@ -93,6 +94,7 @@ def save(
         card: what to say; "num_classes" and "input_shape" [H, W, C] and "command" are needed.
         folder: made if it is missing.
         options: further attributes of the model.
+        rounded: whether to round; False keeps float32.
         measure: called with the model and its variables as read back from the file; what it
             returns goes onto the card.
 
@@ -107,9 +109,9 @@ def save(
     for key, value in flax.traverse_util.flatten_dict(dict(variables), sep="/").items():
         array = np.asarray(value, np.float32)
         with np.errstate(over="ignore"):
-            stored = array.astype(np.float16) if array.ndim > 1 else array
+            stored = array.astype(np.float16) if rounded and array.ndim > 1 else array
         if not np.isfinite(stored).all():
-            raise ValueError(f"{name}: {key} holds NaN, infinity or a number beyond float16")
+            raise ValueError(f"{name}: {key} holds NaN, infinity or a number beyond {stored.dtype}")
         arrays[key] = stored
     content = safetensors.numpy.save(arrays)
     written = {
