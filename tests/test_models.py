@@ -224,7 +224,7 @@ def test_plain_network_lacks_only_the_shortcuts():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet11",), "model: 'resnet11' is unknown; known are digits_cnn, lenet1"),
+        (("resnet11",), "model: 'resnet11' is unknown; known are alexnet, digits_cnn"),
         (("lenet5", 0), "num_classes: expected at least 1, got 0"),
     ],
 )
