@@ -44,6 +44,7 @@ _PAIRS = (
     (GRADIENTS, ROUTES), (ACTIVATIONS, ROUTES),
 )  # fmt: skip
 _BATCH = 32
+_GRADIENTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,15 @@ def explanations(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Explanation to scores of the gated channels, layer to `[N, C]`."""
     graph, params, names = case.graph, case.params, list(case.layers)
+    size = min(_BATCH, nns.estimate(graph, schedule.theta).batch_size)
 
     def contributions(make: Callable[[np.ndarray, np.ndarray], nns.Slice]) -> dict:
         # A slice of one image is as large as the network: few at a time.
         parts = [
             faithfulness.of_slice(
-                make(some.images[at : at + _BATCH], some.predicted[at : at + _BATCH]), names
+                make(some.images[at : at + size], some.predicted[at : at + size]), names
             )
-            for at in range(0, len(some.labels), _BATCH)
+            for at in range(0, len(some.labels), size)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
@@ -88,19 +90,20 @@ def explanations(
         SLICES: contributions(
             lambda images, outputs: nns.slice_network(
                 graph, params, profile, images, outputs, theta=schedule.theta, per_sample=True,
-                batch_size=_BATCH,
+                batch_size=size,
             )
         ),
         PATHS: contributions(
             lambda images, outputs: nns.effective_path(
-                graph, params, images, outputs, per_sample=True, batch_size=_BATCH
+                graph, params, images, outputs, per_sample=True, batch_size=size
             )
         ),
         ROUTES: faithfulness.of_routes(routes_case.routed(case, some.images)),
         GRADIENTS: faithfulness.of_integrated_gradients(
-            graph, params, some.images, case.layers, schedule.steps
+            graph, params, some.images, case.layers, schedule.steps,
+            min(_GRADIENTS, case.batch_differentiated),
         ),
-        ACTIVATIONS: faithfulness.of_activations(graph, params, some.images, names),
+        ACTIVATIONS: faithfulness.of_activations(graph, params, some.images, names, case.batch),
         CHANCE: faithfulness.of_chance(case.seed, len(some.labels), case.layers),
     }  # fmt: skip
 
@@ -109,7 +112,7 @@ def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
     """Scores, deletes, inserts and compares; the fields of the rows."""
     some = routes_case.drawn(case, schedule.per_class)
     known = routes_case.drawn(case, schedule.profiled, split="train")
-    profile = nns.profile(case.graph, case.params, known.images)
+    profile = nns.profile(case.graph, case.params, known.images, batch_size=case.batch)
     scores = explanations(case, schedule, some, profile)
     shares = np.linspace(0, 1, schedule.shares).tolist()
     fills: dict[str, Mapping[str, np.ndarray] | None] = {
@@ -119,10 +122,11 @@ def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
     for said, fill in fills.items():
         found = {
             name: faithfulness.curves(
-                case.seed, case.graph, case.params, some.images, score, shares, fill=fill
+                case.seed, case.graph, case.params, some.images, score, shares, fill=fill,
+                batch_size=case.batch,
             )
             for name, score in scores.items()
-        }
+        }  # fmt: skip
         rows += area_rows(case, said, found)
         slug = "zero" if fill is None else "mean"
         plots.save(plots.faithfulness(found), figures / f"{case.slug}_{slug}.png")

@@ -62,6 +62,7 @@ _MODES = {"top": "Top", "bottom": "Bottom", "random": "random nodes"}
 _PUBLISHED = {"top1": "over 30", "top5": "over 20"}
 _SAID = {"top1": "top-1 accuracy lost", "top5": "top-5 accuracy lost"}
 _POINTS = "points"
+_TOP5_CLASSES = 10
 
 
 def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
@@ -79,7 +80,7 @@ def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
     curves = {
         said: routes.ablate(
             case.seed, case.graph, case.params, some.images, some.labels, found, schedule.shares,
-            mode,
+            mode, batch_size=case.batch,
         )
         for mode, said in _MODES.items()
     }  # fmt: skip
@@ -93,20 +94,22 @@ def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
             f"ones, {count / width:.1%} of all"
         )
 
-    for measure, metric in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
+    # Among few classes the first five are most.
+    measures = [m for m in _SAID if m == "top1" or len(case.dataset.classes) >= _TOP5_CLASSES]
+    for measure in measures:
         rows.append(
-            {"row": f"{case.title}, whole network", "metric": metric,
+            {"row": f"{case.title}, whole network", "metric": _SAID[measure].removesuffix(" lost"),
              **average(getattr(whole, measure)[0], 100, "%")}
         )  # fmt: skip
     lost = {
         (said, measure): getattr(one, measure)[0].astype(float) - getattr(one, measure)
         for said, one in curves.items()
-        for measure in _SAID
+        for measure in measures
     }
     for at, share in enumerate(schedule.shares):
         if share not in _TOLD:
             continue
-        for (said, one), measure in itertools.product(curves.items(), _SAID):
+        for (said, one), measure in itertools.product(curves.items(), measures):
             first = (said, share) == ("Top", _LEAST)
             fields = average(lost[said, measure][at], 100, _POINTS)
             rows.append(
@@ -115,7 +118,7 @@ def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
                  **noted(fields, gone(one, at))}
             )  # fmt: skip
     at = schedule.shares.index(_LEAST)
-    for other, measure in itertools.product(("Bottom", "random nodes"), _SAID):
+    for other, measure in itertools.product(("Bottom", "random nodes"), measures):
         apart = lost["Top", measure][at] - lost[other, measure][at]
         rows.append(
             {"row": f"{case.title}, Top beyond {other}, {_LEAST:.0%}", "metric": _SAID[measure],
@@ -125,7 +128,7 @@ def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
         for mode, said in _MODES.items():
             one = routes.ablate(
                 case.seed, case.graph, case.params, some.images, some.labels, found,
-                [schedule.layer_share], mode, layers=[name],
+                [schedule.layer_share], mode, layers=[name], batch_size=case.batch,
             )  # fmt: skip
             less = whole.top1[0].astype(float) - one.top1[0]
             note = f"{one.nodes[0].mean():.1f} nodes of this layer an image"

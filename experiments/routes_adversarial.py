@@ -83,11 +83,14 @@ def drift(case: Case, schedule: Schedule, name: str) -> Drift:
     before, after = (routes_case.routed(case, part.images).take(fooled) for part in (some, moved))
     known = routes_case.drawn(case, schedule.samples, split="train", right=True)
     samples = routes_case.routed(case, known.images)
-    # Samples lie class by class.
-    columns = moved.predicted[fooled][:, None] * schedule.samples + np.arange(schedule.samples)
+    # Samples lie class by class; of a class that has none there is no correlation.
+    taken = moved.predicted[fooled]
+    place = np.searchsorted(known.labels, taken)
+    there = np.isin(taken, known.labels)
+    columns = np.where(there, place, 0)[:, None] + np.arange(schedule.samples)
     target, unmoved = (
         {
-            layer: np.take_along_axis(values, columns, 1)
+            layer: np.where(there[:, None], np.take_along_axis(values, columns, 1), np.nan)
             for layer, values in routes.cross_correlation(part, samples).items()
         }
         for part in (after, before)

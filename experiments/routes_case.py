@@ -30,8 +30,10 @@ from experiments.target_classes import wilson
 from interpret import cdrp, gates
 from nnslicer_jax import attacks, data
 from nnslicer_jax.atomic import replacing
+from nnslicer_jax.attacks.adversarial import BATCH_SIZE
 from nnslicer_jax.batches import batches, filled
 from nnslicer_jax.checkpoint import digest
+from nnslicer_jax.cost import BUDGET
 
 Fields = dict[str, Any]  # of a record.Row
 
@@ -59,6 +61,8 @@ READINGS: Mapping[str, Reading] = {
 _PART = 256
 _BATCH = 256
 _DRAWS = 1000
+# Types of a schedule's fields that the command line may change.
+_COUNTS = (int, int | None)
 
 
 def _code(*parts: str) -> str:
@@ -125,6 +129,21 @@ class Case:
         """Digest of the variables."""
         return digest(self.params)
 
+    @functools.cached_property
+    def batch(self) -> int:
+        """Images run at once; such a pass holds a few activations."""
+        return max(1, min(_BATCH, BUDGET // (4 * max(self._sizes))))
+
+    @functools.cached_property
+    def batch_differentiated(self) -> int:
+        """Images differentiated at once; such a pass holds every activation."""
+        return max(1, min(_BATCH, BUDGET // (2 * sum(self._sizes))))
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of each activation of an image."""
+        return [4 * math.prod(self.graph.values[i].shape) for i in self.graph.carried]
+
     @property
     def fgsm(self) -> str:
         """Name of the FGSM that the published one is compared with."""
@@ -177,26 +196,30 @@ def prepare(
     """Loads a network of the zoo with its data, and finds the places of its gates.
 
     Raises:
-      ValueError: For an unknown network or reading.
+      ValueError: For an unknown network or reading, or data of other classes than the network's.
       FileNotFoundError: If weights or data are nowhere.
     """
     if reading not in READINGS:
         raise ValueError(f"reading must be one of {', '.join(READINGS)}, not {reading!r}")
     trained = nns.zoo.load(model)
-    dataset = data.load(trained.card["data"], data_dir)
-    graph = nns.trace(trained.model.apply, trained.variables, data.to_float(_some(dataset)))
+    card = trained.card
+    dataset = data.load(card["data"], data_dir, **card.get("data_options", {}))
+    if len(dataset.classes) != card["num_classes"]:
+        # Of other classes the labels would be other logits.
+        raise ValueError(
+            f"{dataset.name} has {len(dataset.classes)} classes and {model} has "
+            f"{card['num_classes']}; in a folder of images every class has its folder, empty or not"
+        )
+    image = jax.ShapeDtypeStruct((1, *card["input_shape"]), np.float32)
+    graph = nns.trace(trained.model.apply, trained.variables, image)
     layers = gates.places(graph, READINGS[reading].at)
     count = max(part.stop for part in layers.values())
     options = cdrp.balanced(count) if READINGS[reading].balanced else {}
     return Case(trained, graph, dataset, reading, layers, options, folder, seed)
 
 
-def _some(dataset: data.Dataset) -> np.ndarray:
-    return np.asarray(dataset.test_images[:1])
-
-
 def drawn(case: Case, per_class: int | None, *, split: str = "test", right: bool = False) -> Images:
-    """Images of each class, one class after the other, in an order drawn by the seed.
+    """Images of each class that has any, class after class, in an order drawn by the seed.
 
     Args:
       case: The network and its data.
@@ -205,48 +228,68 @@ def drawn(case: Case, per_class: int | None, *, split: str = "test", right: bool
       right: Take only images that the network gets right.
 
     Raises:
-      ValueError: If a class has fewer.
+      ValueError: If there are no images, or a class has some but fewer.
     """
     dataset = case.dataset
     source, labels = {
         "test": (dataset.test_images, dataset.test_labels),
         "train": (dataset.train_images, dataset.train_labels),
     }[split]
-    orders = []
-    for label in range(len(dataset.classes)):
+    orders = {}
+    for label in np.unique(labels).tolist():
         rng = np.random.default_rng((case.seed, label, split == "train"))
-        orders.append(rng.permutation(np.flatnonzero(labels == label)))
-    # Few more than wanted are looked at first, all of them only if those do not do.
-    tries = [per_class] if not right or per_class is None else [2 * per_class + 10, None]
-    for count in tries:
-        rows = np.concatenate([order[:count] for order in orders])
-        some = _judged(case, source, labels, rows)
-        good = (some.predicted == some.labels) | (not right)
-        kept = [np.flatnonzero((some.labels == i) & good)[:per_class] for i in range(len(orders))]
-        short = [
-            i for i, rows in enumerate(kept) if per_class is not None and len(rows) < per_class
-        ]
-        if not short:
-            return some.take(np.concatenate(kept))
-    kind = " that the network gets right" if right else ""
-    raise ValueError(
-        f"per_class is {per_class}, but class {dataset.classes[short[0]]} has only "
-        f"{len(kept[short[0]])} {split} images{kind}"
-    )
+        orders[label] = rng.permutation(np.flatnonzero(labels == label))
+    if not orders:
+        raise ValueError(f"{dataset.name} has no {split} images")
+    # Few more than wanted are looked at first, the rest of a class only if those do not do.
+    first = 2 * per_class + 10 if right and per_class is not None else per_class
+    rows = np.concatenate([order[:first] for order in orders.values()])
+    found = _looked(case, source, rows)
+    if right and per_class is not None:
+        counts = np.bincount(
+            labels[rows][found.argmax(1) == labels[rows]], minlength=max(orders) + 1
+        )
+        rest = [order[first:] for label, order in orders.items() if counts[label] < per_class]
+        more = np.concatenate([rows[:0], *rest])
+        if len(more):
+            rows, found = np.append(rows, more), np.append(found, _looked(case, source, more), 0)
+    good = (found.argmax(1) == labels[rows]) | (not right)
+    kept = []
+    for label in orders:
+        here = np.flatnonzero((labels[rows] == label) & good)[:per_class]
+        if per_class is not None and len(here) < per_class:
+            kind = " that the network gets right" if right else ""
+            raise ValueError(
+                f"per_class is {per_class}, but class {dataset.classes[label]} has only "
+                f"{len(here)} {split} images{kind}"
+            )
+        kept.append(here)
+    chosen = np.concatenate(kept)
+    if not len(chosen):
+        raise ValueError(f"{dataset.name} has no {split} images that the network gets right")
+    rows, found = rows[chosen], found[chosen]
+    return Images(_pixels(source, rows), np.asarray(labels[rows], np.int32), found)
 
 
-def _judged(case: Case, source: Any, labels: np.ndarray, rows: np.ndarray) -> Images:
+def _looked(case: Case, source: Any, rows: np.ndarray) -> np.ndarray:
+    """The network's softmax of some images, `[N, K]`, which are not all in memory at once."""
+    order = np.argsort(rows)
+    size = case.batch
+    parts = (_pixels(source, rows[order[at : at + size]]) for at in range(0, len(rows), size))
+    return probabilities(case, parts)[np.argsort(order)]
+
+
+def _pixels(source: Any, rows: np.ndarray) -> np.ndarray:
     # Read on demand, images come in the order of the files.
     order = np.argsort(rows)
-    pixels = data.to_float(np.asarray(source[rows[order]]))[np.argsort(order)]
-    return Images(pixels, np.asarray(labels[rows], np.int32), probabilities(case, pixels))
+    return data.to_float(np.asarray(source[rows[order]]))[np.argsort(order)]
 
 
-def probabilities(case: Case, images: np.ndarray) -> np.ndarray:
-    """The network's softmax of images, `[N, K]`."""
+def probabilities(case: Case, images: Any) -> np.ndarray:
+    """The network's softmax of images `[N, ...]` or of batches of them, `[N, K]`."""
     return np.concatenate([
         np.asarray(_softmax(case.apply, case.params, batch.images))[: batch.real]
-        for batch in batches(case.graph, images, _BATCH)
+        for batch in batches(case.graph, images, case.batch)
     ])  # fmt: skip
 
 
@@ -295,7 +338,8 @@ def attacked(case: Case, name: str, some: Images, options: Mapping[str, Any]) ->
     if not path.exists():
         print(f"{case.title}: {name}", file=sys.stderr, flush=True)
         made = _ATTACKS[name](
-            jax.random.key(case.seed), case.apply, case.params, some.images, some.labels, **options
+            jax.random.key(case.seed), case.apply, case.params, some.images, some.labels,
+            batch_size=min(BATCH_SIZE, case.batch_differentiated), **options,
         )  # fmt: skip
         with replacing(path) as partial, partial.open("wb") as file:
             np.save(file, np.asarray(made.images))
@@ -489,16 +533,21 @@ def command(study: Study) -> None:
     flags.DEFINE_string("out", str(file), "results file")
     flags.DEFINE_string("work", "out/routes", "folder of routes and attacked images, shared")
     flags.DEFINE_string("figures", f"out/{study.name}", "folder of the figures")
+    counts = [f.name for f in dataclasses.fields(study.schedules["cpu"]) if f.type in _COUNTS]
+    for name in counts:
+        flags.DEFINE_integer(name, None, "in place of the schedule's", lower_bound=1)
 
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}")
         logging.set_verbosity(logging.WARNING)
         given = flags.FLAGS
+        changed = {k: getattr(given, k) for k in counts if getattr(given, k) is not None}
         try:
+            schedule = dataclasses.replace(study.schedules[given.schedule], **changed)
             made = results(
-                study, given.models, study.schedules[given.schedule], data_dir=given.data_dir,
-                work=Path(given.work), figures=Path(given.figures), seed=given.seed,
+                study, given.models, schedule, data_dir=given.data_dir, work=Path(given.work),
+                figures=Path(given.figures), seed=given.seed,
             )  # fmt: skip
             out = Path(given.out)
             record.write(out, made)

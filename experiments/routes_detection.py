@@ -120,7 +120,7 @@ def twins(case: Case, schedule: Schedule, name: str) -> Twins:
 
 def _features(case: Case, some: Images) -> dict[str, np.ndarray]:
     names = list(case.layers)
-    active = faithfulness.of_activations(case.graph, case.params, some.images, names)
+    active = faithfulness.of_activations(case.graph, case.params, some.images, names, case.batch)
     return {
         ROUTES: routes_case.routed(case, some.images).gates,
         ACTIVATIONS: np.concatenate([active[name] for name in names], 1),

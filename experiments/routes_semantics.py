@@ -75,7 +75,9 @@ def run(case: Case, schedule: Schedule, figures: Path) -> list[Fields]:
     """Measures, clusters and draws; the fields of the rows."""
     some = routes_case.drawn(case, schedule.per_class)
     found = routes_case.routed(case, some.images)
-    active = faithfulness.of_activations(case.graph, case.params, some.images, list(case.layers))
+    active = faithfulness.of_activations(
+        case.graph, case.params, some.images, list(case.layers), case.batch
+    )
     sources = {
         GATES: {name: found.layer(name) for name in case.layers},
         ACTIVATIONS: active,
@@ -128,7 +130,7 @@ def cluster_row(
     case: Case, schedule: Schedule, some: Images, source: str, whole: np.ndarray
 ) -> Fields:
     """Agreement of clusters with classes, over disjoint groups of images."""
-    classes = len(case.dataset.classes)
+    classes = len(np.unique(some.labels))
     rank = np.arange(len(some.labels)) % schedule.per_class
     scores = []
     for start in range(0, schedule.per_class - schedule.group + 1, schedule.group):
@@ -196,7 +198,7 @@ def draw(case: Case, schedule: Schedule, some: Images, found: cdrp.Routes, figur
     )
     plots.save(plots.separability(numbers), figures / f"{case.slug}_separability.png")
     plots.save(plots.path(found.gates[0], case.layers), figures / f"{case.slug}_route.png")
-    for label in range(min(schedule.pictured, len(classes))):
+    for label in np.unique(some.labels)[: schedule.pictured].tolist():
         here = np.flatnonzero(some.labels == label)[: schedule.members]
         members = found.take(here)
         odd = routes.outliers(members.gates, some.labels[here])

@@ -193,5 +193,6 @@ def _check(card: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: the card needs {key!r} of type {kind.__name__}")
     if not all(isinstance(n, int) and n > 0 for n in card["input_shape"]):
         raise ValueError(f"{where}: 'input_shape' must hold positive whole numbers")
-    if not isinstance(card.get("options", {}), dict):
-        raise ValueError(f"{where}: 'options' must be an object")
+    for key in ("options", "data_options"):
+        if not isinstance(card.get(key, {}), dict):
+            raise ValueError(f"{where}: {key!r} must be an object")

@@ -331,6 +331,7 @@ def test_faithfulness_rows_are_areas_of_the_curves(made, case):
 
 def test_the_command_line_says_one_line(tmp_path):
     command = [sys.executable, "-m", "experiments.routes_ablation", "--models=nothing"]
+    command.append("--per_class=3")
     done = subprocess.run(
         [*command, f"--out={tmp_path}/a.json", f"--work={tmp_path}", f"--figures={tmp_path}"],
         cwd=Path(__file__).resolve().parents[1],
@@ -341,6 +342,19 @@ def test_the_command_line_says_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: zoo: 'nothing' is unknown; known are ")
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_counts_of_a_schedule_are_flags_of_the_command(tmp_path):
+    words = ["--models=digits_cnn", "--group=5", "--per_class=4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.routes_semantics", *words, f"--work={tmp_path}"],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: group and members must be 2..4, the images of a class")
 
 
 def test_schedules_are_checked():

@@ -184,6 +184,7 @@ def test_damaged_weights(tmp_path, damage, message):
         ('{"name": "mine", "model": "digits_cnn"}', "the card needs 'num_classes' of type int"),
         (json.dumps({**WHOLE, "input_shape": [8, "8", 1]}), "positive whole numbers"),
         (json.dumps({**WHOLE, "options": [1]}), "'options' must be an object"),
+        (json.dumps({**WHOLE, "data_options": 8}), "'data_options' must be an object"),
         (json.dumps({**WHOLE, "model": "lenet6"}), "model: 'lenet6' is unknown"),
     ],
 )
