@@ -11,13 +11,18 @@ def test_the_example_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
-    assert lines
-    for line in lines:
+    sliced = [line for line in lines if line.startswith("params/")]
+    routed = [line for line in lines if line not in sliced]
+    assert sliced and routed
+    for line in sliced:
         kept, size = re.fullmatch(
             r"params/\S+: (\d+) of (\d+) synapses in the slice", line
         ).groups()
         assert 0 <= int(kept) <= int(size)
-    assert any(not re.search(r": 0 of", line) for line in lines)
+    assert any(not re.search(r": 0 of", line) for line in sliced)
+    for line in routed:
+        (count,) = re.fullmatch(r"\S+: ([\d.]+) channels are critical to an image", line).groups()
+        assert float(count) > 0
 
 
 def test_the_files_and_links_it_names_exist():
