@@ -9,6 +9,7 @@ activations of the same channels, and the network's own confidence.
 ``--schedule cpu`` takes two cores about half an hour, most of it the attacks: 35 test images a
 class, attacks with fewer steps. ``--schedule published`` takes 120 a class and the attacks'
 defaults. Attacked images, routes and judgements are kept: a run that was stopped goes on.
+Where other work shares the cores, set OMP_NUM_THREADS=1: boosting's threads wait for each other.
 
 ``python -m experiments.routes_detection --models resnet10_cifar10,lenet5_mnist``
 """
