@@ -231,7 +231,7 @@ def path(gates: np.ndarray, layers: Layers, threshold: float = 0.5, most: int = 
 
 def faithfulness(found: Mapping[str, Curves]) -> Figure:
     """Deletion and insertion curves, one colour an explanation, with their mean areas."""
-    drawn = _figure(7.6, 3.6)
+    drawn = _figure(7.6, 4.4)
     panels = drawn.subplots(1, 2, sharey=True)
     for ax, which, title in zip(
         panels, (0, 1), ("deletion (lower is better)", "insertion (higher is better)"), strict=True
@@ -242,7 +242,11 @@ def faithfulness(found: Mapping[str, Curves]) -> Figure:
             _curve(ax, 100 * one.shares, rows.mean(0), number, label)
         ax.set(title=title, xlabel="units, best first [%]", ylim=(-0.02, 1.02))
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False, fontsize=8, title="area", title_fontsize=8)
+        # Curves may lie anywhere within the axes.
+        ax.legend(
+            frameon=False, fontsize=8, title="area", title_fontsize=8, ncols=2,
+            loc="upper center", bbox_to_anchor=(0.5, -0.16),
+        )  # fmt: skip
     panels[0].set_ylabel("probability of the predicted class")
     return drawn
 
