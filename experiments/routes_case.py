@@ -100,7 +100,7 @@ class Case:
       dataset: Where images come from.
       reading: One of `READINGS`.
       layers: Where gates stand.
-      options: Of `cdrp.route`, other than its defaults.
+      options: Gamma and learning rate of `cdrp.route`.
       folder: Where routes and attacked images are kept.
       seed: Of every draw.
     """
@@ -214,7 +214,8 @@ def prepare(
     graph = nns.trace(trained.model.apply, trained.variables, image)
     layers = gates.places(graph, READINGS[reading].at)
     count = max(part.stop for part in layers.values())
-    options = cdrp.balanced(count) if READINGS[reading].balanced else {}
+    # Of a single gate these are the published ones.
+    options = cdrp.balanced(count if READINGS[reading].balanced else 1)
     return Case(trained, graph, dataset, reading, layers, options, folder, seed)
 
 
@@ -511,11 +512,9 @@ def results(
         for reading in study.readings:
             case = prepare(model, data_dir, work, seed, reading)
             # Few gates are balanced as published, and some networks have no blocks.
-            usual = case.options == cdrp.balanced(1)
-            made = case.layers, {} if usual else case.options
-            if made in known:
+            if (case.layers, case.options) in known:
                 continue
-            known.append(made)
+            known.append((case.layers, case.options))
             # Before the run: the code may change while it goes on.
             about = origin(data=case.said, seeds=[seed])
             for fields in study.run(case, schedule, figures):
