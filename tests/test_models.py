@@ -19,15 +19,19 @@ from nnslicer_jax.models.normalisation import IMAGENET_MEAN, IMAGENET_STD, norma
 from nnslicer_jax.models.residual import BottleneckBlock
 
 # Input shape and number of parameters. The residual and plain networks have the published layouts
-# (He et al. count 0.27 M and 11.2 M), VGG-16 that of HYDRA (15.3 M), LeNet-1 and LeNet-5 those of
-# the published DFlare pairs. AlexNet, ResNet-50 and VGG-16 of ImageNet have 61,100,840, 25,557,032
-# and 138,357,544 with 1000 classes, here less 990 of them; the others are counted by hand below.
+# (He et al. count 0.27 M and 11.2 M), VGG-16 (15.3 M), CNN-small and CNN-large those of HYDRA,
+# WRN-28-4 and WRN-28-10 the published 5.85 M and 36.5 M, LeNet-1 and LeNet-5 those of the published
+# DFlare pairs. AlexNet, ResNet-50 and VGG-16 of ImageNet have 61,100,840, 25,557,032 and
+# 138,357,544 with 1000 classes, here less 990 of them; the others are counted by hand below.
 MODELS = {
     "alexnet": ((224, 224, 3), 61_100_840 - 990 * 4097),
+    "cnn_large": ((32, 32, 3), 2_466_858),
+    "cnn_small": ((32, 32, 3), 214_918),
     "digits_cnn": ((8, 8, 1), 160 + 4640 + 128 * 32 + 32 + 330),
     "lenet1": ((28, 28, 1), 7_206),
     "lenet4": ((28, 28, 1), 156 + 2416 + 784 * 84 + 84 + 850),
     "lenet5": ((28, 28, 1), 107_786),
+    "mlp": ((28, 28, 1), 785 * 256 + 257 * 256 + 257 * 10),
     "mnist_cnn": ((28, 28, 1), 320 + 18_496 + 16_010),
     "plainnet20": ((32, 32, 3), 269_722),
     "resnet10": ((32, 32, 3), 308_826),
@@ -36,9 +40,11 @@ MODELS = {
     "resnet50": ((224, 224, 3), 25_557_032 - 990 * 2049),
     "vgg16": ((32, 32, 3), 15_316_042),
     "vgg16_imagenet": ((224, 224, 3), 138_357_544 - 990 * 4097),
+    "wrn28_10": ((32, 32, 3), 36_479_194),
+    "wrn28_4": ((32, 32, 3), 5_849_050),
 }
 IMAGENET = ("alexnet", "resnet50", "vgg16_imagenet")
-SMALL = sorted(set(MODELS) - {"resnet18", "vgg16", *IMAGENET})
+SMALL = sorted(set(MODELS) - {"resnet18", "vgg16", "wrn28_10", "wrn28_4", *IMAGENET})
 
 
 def abstract_variables(name, **options):
@@ -224,7 +230,10 @@ def test_plain_network_lacks_only_the_shortcuts():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet11",), "model: 'resnet11' is unknown; known are alexnet, digits_cnn"),
+        (
+            ("resnet11",),
+            "model: 'resnet11' is unknown; known are alexnet, cnn_large, cnn_small, digits_cnn",
+        ),
         (("lenet5", 0), "num_classes: expected at least 1, got 0"),
     ],
 )

@@ -8,10 +8,13 @@ from typing import Any
 import flax.linen as nn
 
 from nnslicer_jax.models.alexnet import AlexNet
+from nnslicer_jax.models.cnn_large import CNNLarge
+from nnslicer_jax.models.cnn_small import CNNSmall
 from nnslicer_jax.models.digits_cnn import DigitsCNN
 from nnslicer_jax.models.lenet1 import LeNet1
 from nnslicer_jax.models.lenet4 import LeNet4
 from nnslicer_jax.models.lenet5 import LeNet5
+from nnslicer_jax.models.mlp import MLP
 from nnslicer_jax.models.mnist_cnn import MnistCNN
 from nnslicer_jax.models.plainnet20 import PlainNet20
 from nnslicer_jax.models.resnet10 import ResNet10
@@ -20,13 +23,17 @@ from nnslicer_jax.models.resnet20 import ResNet20
 from nnslicer_jax.models.resnet50 import ResNet50
 from nnslicer_jax.models.vgg16 import VGG16
 from nnslicer_jax.models.vgg16_imagenet import VGG16ImageNet
+from nnslicer_jax.models.wide_resnet import WRN28x4, WRN28x10
 
 MODELS: dict[str, type[nn.Module]] = {
     "alexnet": AlexNet,
+    "cnn_large": CNNLarge,
+    "cnn_small": CNNSmall,
     "digits_cnn": DigitsCNN,
     "lenet1": LeNet1,
     "lenet4": LeNet4,
     "lenet5": LeNet5,
+    "mlp": MLP,
     "mnist_cnn": MnistCNN,
     "plainnet20": PlainNet20,
     "resnet10": ResNet10,
@@ -35,6 +42,8 @@ MODELS: dict[str, type[nn.Module]] = {
     "resnet50": ResNet50,
     "vgg16": VGG16,
     "vgg16_imagenet": VGG16ImageNet,
+    "wrn28_10": WRN28x10,
+    "wrn28_4": WRN28x4,
 }
 
 
