@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import nnslicer_jax as nns
-from nnslicer_jax.evaluation import evaluated
+from nnslicer_jax.evaluation import evaluated, logits
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -34,8 +34,13 @@ def same_as_the_operation(apply, params, x, name):
     back = whole(*out.shape, seed=2)
     np.testing.assert_array_equal(push(back)[0], pull(back)[0])
     assert np.abs(pull(back)[0]).max() > 0
+    out, pull = jax.vjp(jax.jit(lambda p: nns.evaluate(graph, p, x)[0]), params)
+    found, push = jax.vjp(jax.jit(lambda p: logits(graph, p, x)), params)
+    np.testing.assert_array_equal(found, out)
+    jax.tree.map(np.testing.assert_array_equal, push(back), pull(back))
 
 
+@pytest.mark.parametrize("channels", [3, 40])
 @pytest.mark.parametrize(
     ("size", "window", "strides", "padding", "dilation"),
     [
@@ -50,9 +55,10 @@ def same_as_the_operation(apply, params, x, name):
         ((5, 5), (2, 2), (1, 1), ((3, 2), (0, 3)), (1, 1)),  # wider padding than the window
         ((6, 6), (3, 3), (1, 1), ((-1, 0), (0, -2)), (1, 1)),  # cropped
         ((2, 2), (3, 3), (1, 1), "SAME", (1, 1)),
+        ((8, 6), (4, 4), (2, 2), ((1, 1), (1, 1)), (1, 1)),
     ],
 )
-def test_convolutions(size, window, strides, padding, dilation):
+def test_convolutions(size, window, strides, padding, dilation, channels):
     def apply(p, x):
         x = jnp.maximum(x, 0) * p["scale"][None, None, None]
         x = lax.conv_general_dilated(
@@ -60,8 +66,8 @@ def test_convolutions(size, window, strides, padding, dilation):
         )
         return x.reshape(len(x), -1)
 
-    params = {"scale": jnp.ones(40), "kernel": whole(*window, 40, 6)}
-    same_as_the_operation(apply, params, whole(3, *size, 40, seed=3), "mul")
+    params = {"scale": jnp.ones(channels), "kernel": whole(*window, channels, 6)}
+    same_as_the_operation(apply, params, whole(3, *size, channels, seed=3), "mul")
 
 
 @pytest.mark.parametrize(
