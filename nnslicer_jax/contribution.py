@@ -7,7 +7,7 @@ edge's sign is the product of its factors' signs, so that nothing underflows to 
 carried as float32, which is exact below 2^24.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from nnslicer_jax.fold import Env, Rules
 from nnslicer_jax.graph import Graph, Node, UnsupportedError
 from nnslicer_jax.products import inverse, product
 from nnslicer_jax.selection import Selection, kept
-from nnslicer_jax.windows import windows
+from nnslicer_jax.windows import gathering
 
 RULES = Rules("slicing")
 # From the weights an operation used to the parameters they were made of. Other functions of
@@ -181,33 +181,6 @@ def _sum_of_two(node, args, outs, back, how):
     else:
         found = [back[0] if data else None for data in node.data]
     return movement.fitted(found, args)
-
-
-def gathering(node: Node, fill: float = 0.0) -> Callable[[jax.Array], jax.Array]:
-    """The terms under each output of a reduction along a new last axis; a linear map."""
-    q = node.params
-    if "window_dimensions" in q:
-        return lambda x: windows(
-            x, q["window_dimensions"], q["window_strides"], q["padding"], q["base_dilation"],
-            q["window_dilation"], fill,
-        )  # fmt: skip
-    if "reverse" in q:
-        axis = q["axis"]
-
-        def through(x: jax.Array) -> jax.Array:
-            x = jnp.moveaxis(x, axis, -1)
-            square = jnp.ones((x.shape[-1], x.shape[-1]), bool)
-            under = jnp.triu(square) if q["reverse"] else jnp.tril(square)
-            return jnp.moveaxis(jnp.where(under, x[..., None, :], fill), -2, axis)
-
-        return through
-
-    def reduced(x: jax.Array) -> jax.Array:
-        count = len(q["axes"])
-        x = jnp.moveaxis(x, q["axes"], range(x.ndim - count, x.ndim))
-        return x.reshape(*x.shape[: x.ndim - count], -1)
-
-    return reduced
 
 
 @RULES.register("reduce_sum", "reduce_window_sum", "cumsum")

@@ -19,7 +19,6 @@ from nnslicer_jax.contribution import (
     contributing,
     decision,
     extreme,
-    gathering,
     move,
     product_rule,
     select,
@@ -30,6 +29,7 @@ from nnslicer_jax.fold import Env, Rules
 from nnslicer_jax.graph import Graph, UnsupportedError
 from nnslicer_jax.movement import fitted
 from nnslicer_jax.products import inverse
+from nnslicer_jax.windows import gathering
 
 RULES = Rules("effective path")
 RULES.register(*operations.DECISIONS)(decision)

@@ -37,6 +37,9 @@ class Rules:
 
         return add
 
+    def __contains__(self, node: Node) -> bool:
+        return node.key in self._rules
+
     def __getitem__(self, node: Node) -> Callable:
         rule = self._rules.get(node.key, self._default)
         if rule is None:

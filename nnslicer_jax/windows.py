@@ -4,11 +4,13 @@
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from nnslicer_jax.graph import Node
 
 
 def windows(
@@ -51,3 +53,30 @@ def windows(
         stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, count, strides, strict=True)]
         taps.append(lax.slice(x, start, stop, strides))
     return jnp.stack(taps, axis=axis)
+
+
+def gathering(node: Node, fill: float = 0.0) -> Callable[[jax.Array], jax.Array]:
+    """The terms under each output of a reduction along a new last axis; a linear map."""
+    q = node.params
+    if "window_dimensions" in q:
+        return lambda x: windows(
+            x, q["window_dimensions"], q["window_strides"], q["padding"], q["base_dilation"],
+            q["window_dilation"], fill,
+        )  # fmt: skip
+    if "reverse" in q:
+        axis = q["axis"]
+
+        def through(x: jax.Array) -> jax.Array:
+            x = jnp.moveaxis(x, axis, -1)
+            square = jnp.ones((x.shape[-1], x.shape[-1]), bool)
+            under = jnp.triu(square) if q["reverse"] else jnp.tril(square)
+            return jnp.moveaxis(jnp.where(under, x[..., None, :], fill), -2, axis)
+
+        return through
+
+    def reduced(x: jax.Array) -> jax.Array:
+        count = len(q["axes"])
+        x = jnp.moveaxis(x, q["axes"], range(x.ndim - count, x.ndim))
+        return x.reshape(*x.shape[: x.ndim - count], -1)
+
+    return reduced
