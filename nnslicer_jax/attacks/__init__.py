@@ -11,9 +11,11 @@ from types import MappingProxyType
 
 from nnslicer_jax.attacks.adef import adef
 from nnslicer_jax.attacks.adversarial import Adversarial
+from nnslicer_jax.attacks.apgd import apgd
 from nnslicer_jax.attacks.boundary import boundary
 from nnslicer_jax.attacks.carlini_wagner import carlini_wagner
 from nnslicer_jax.attacks.deepfool import deepfool
+from nnslicer_jax.attacks.fab import fab
 from nnslicer_jax.attacks.fgsm import fgsm
 from nnslicer_jax.attacks.gaussian_blur import gaussian_blur
 from nnslicer_jax.attacks.jsma import jsma
@@ -22,6 +24,7 @@ from nnslicer_jax.attacks.pointwise import pointwise
 from nnslicer_jax.attacks.rpgd import rpgd
 from nnslicer_jax.attacks.single_pixel import single_pixel
 from nnslicer_jax.attacks.spatial import spatial
+from nnslicer_jax.attacks.square import square
 
 # The rows of NNSlicer's table of attacks, for images in 0..1.
 FIXED_BUDGET: Mapping[str, Callable[..., Adversarial]] = MappingProxyType(
@@ -57,9 +60,11 @@ __all__ = [
     "FIXED_BUDGET",
     "Adversarial",
     "adef",
+    "apgd",
     "boundary",
     "carlini_wagner",
     "deepfool",
+    "fab",
     "fgsm",
     "gaussian_blur",
     "jsma",
@@ -68,4 +73,5 @@ __all__ = [
     "rpgd",
     "single_pixel",
     "spatial",
+    "square",
 ]
