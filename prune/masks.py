@@ -1,7 +1,9 @@
 """Masks: which entries of the parameters stay, as a pytree of booleans, None where all do.
 
 Scores and masks have the structure of the parameters, with None in place of what is not to be
-pruned. "The top p %" of n entries are ceil(p * n) of them, at least one.
+pruned. "The top p %" of n entries are ceil(p * n) of them, at least one: a layer too small for the
+share keeps one. Equal scores are settled by position, the earlier one (in C order, then in the
+order of the leaves) being kept.
 """
 
 import math
@@ -34,27 +36,96 @@ def topk(scores: Any, keep: float | Fraction, scope: str = "layer") -> Any:
     Raises:
       ValueError: For a share or scope that is not accepted, no scores, or one that is no number.
     """
+    scores = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), scores)
+    for leaf in jax.tree.leaves(scores):
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in _NUMBERS):
+            raise ValueError(f"scores must be integers or floats, not {leaf.dtype}")
+        if not isinstance(leaf, jax.core.Tracer) and (leaf != leaf).any():
+            raise ValueError("scores must be numbers; some are NaN")
+    return largest(scores, counts(scores, keep, scope))
+
+
+def counts(scores: Any, keep: float | Fraction, scope: str = "layer") -> Any:
+    """How many entries a share is.
+
+    Args:
+      scores: As for `topk`; only their shapes matter.
+      keep: As for `topk`.
+      scope: As for `topk`.
+
+    Returns:
+      For "layer" a pytree of int like the scores, for "global" one int.
+
+    Raises:
+      ValueError: For a share or scope that is not accepted, or no scores.
+    """
     if scope not in SCOPES:
         raise ValueError(f"scope must be layer or global, not {scope!r}")
     share = _share(keep)
     leaves, structure = jax.tree.flatten(scores)
-    leaves = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
-    for leaf in leaves:
-        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in _NUMBERS):
-            raise ValueError(f"scores must be integers or floats, not {leaf.dtype}")
-    if not leaves or not all(jnp.size(leaf) for leaf in leaves):
+    sizes = [math.prod(np.shape(leaf)) for leaf in leaves]
+    if not sizes or not all(sizes):
         raise ValueError("scores must hold at least one array, and no empty ones")
-    for leaf in leaves:
-        if not isinstance(leaf, jax.core.Tracer) and (leaf != leaf).any():
-            raise ValueError("scores must be numbers; some are NaN")
-    if scope == "layer":
-        found = [_largest(leaf, share) for leaf in leaves]
+    if scope == "global":
+        return math.ceil(share * sum(sizes))
+    return jax.tree.unflatten(structure, [math.ceil(share * size) for size in sizes])
+
+
+def largest(scores: Any, counts: Any) -> Any:
+    """Keeps as many entries as counted, those with the largest scores.
+
+    Pure JAX, the counts may be traced.
+
+    Args:
+      scores: As for `topk`.
+      counts: Whole numbers of at least 0: a pytree like the scores, of numbers `[]`, one for every
+        leaf, or one number for all of them together.
+
+    Returns:
+      Masks, as `topk`.
+    """
+    structure: Any
+    each: Any
+    leaves, structure = jax.tree.flatten(scores)
+    numbers, each = jax.tree.flatten(counts)
+    if each == structure:
+        found = [_largest(leaf, n) for leaf, n in zip(leaves, numbers, strict=True)]
     else:
-        together = _largest(jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), share)
+        (number,) = numbers
+        together = _largest(jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), number)
         ends = [sum(leaf.size for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
         parts = jnp.split(together, ends)
         found = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
     return jax.tree.unflatten(structure, found)
+
+
+def straight_through(scores: Any, masks: Any) -> Any:
+    """Masks as numbers, of which the scores get the gradient as it is.
+
+    Args:
+      scores: Pytree of float arrays, None: not to be pruned.
+      masks: Bool, like the scores.
+
+    Returns:
+      1.0 where the mask is True, else 0.0; the gradient of each number is its score's.
+    """
+    return jax.tree.map(_straight_through, scores, masks)
+
+
+@jax.custom_vjp
+def _straight_through(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    return mask.astype(scores.dtype)
+
+
+def _forth(scores: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    return mask.astype(scores.dtype), None
+
+
+def _back(_: None, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return gradient, None
+
+
+_straight_through.defvjp(_forth, _back)
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -98,8 +169,37 @@ def _share(keep: float | Fraction) -> Fraction:
     return share
 
 
-def _largest(scores: jax.Array, share: Fraction) -> jax.Array:
-    flat = jnp.ravel(scores)
-    order = jnp.argsort(flat, stable=True, descending=True)
-    number = math.ceil(share * flat.size)
-    return jnp.zeros(flat.size, bool).at[order[:number]].set(True).reshape(jnp.shape(scores))
+@jax.jit
+def _largest(scores: jax.Array, count: Any) -> jax.Array:
+    """The count largest of all scores.
+
+    The least score kept is found bit by bit, by counting what is at least as large: 32 passes,
+    where XLA's sort on a CPU takes many times as long.
+    """
+    ranks = _ranks(jnp.ravel(scores))
+    bits = ranks.dtype.itemsize * 8
+    count = jnp.asarray(count, jnp.int32)
+
+    def settle(i: jax.Array, least: jax.Array) -> jax.Array:
+        more = least | (jnp.ones((), ranks.dtype) << (bits - 1 - i).astype(ranks.dtype))
+        return jnp.where((ranks >= more).sum(dtype=jnp.int32) >= count, more, least)
+
+    least = jax.lax.fori_loop(0, bits, settle, jnp.zeros((), ranks.dtype))
+    above, equal = ranks > least, ranks == least
+    left = count - above.sum(dtype=jnp.int32)
+    chosen = above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= left))
+    return chosen.reshape(jnp.shape(scores))
+
+
+def _ranks(flat: jax.Array) -> jax.Array:
+    """Unsigned integers in the same order; numbers that are equal, as 0 and -0, stay equal."""
+    wide = flat.dtype.itemsize == 8
+    unsigned = jnp.uint64 if wide else jnp.uint32
+    sign = jnp.asarray(1 << (63 if wide else 31), unsigned)
+    if not jnp.issubdtype(flat.dtype, jnp.floating):
+        if jnp.issubdtype(flat.dtype, jnp.unsignedinteger) or flat.dtype == bool:
+            return flat.astype(unsigned)
+        return flat.astype(jnp.int64 if wide else jnp.int32).view(unsigned) ^ sign
+    bits = jnp.where(flat == 0, 0, flat).astype(jnp.float64 if wide else jnp.float32).view(unsigned)
+    # The bits of a number below 0 fall as it rises.
+    return jnp.where(bits & sign, ~bits, bits | sign)

@@ -63,6 +63,64 @@ def test_decimal_shares_are_exact(keep, size, expected):
     np.testing.assert_array_equal(found, np.arange(size) < expected)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    values=st.lists(
+        st.floats(-4, 4, width=16) | st.sampled_from([0.0, -0.0, 1.0, np.inf, -np.inf]),
+        min_size=1, max_size=24,
+    ),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
+)  # fmt: skip
+def test_any_count_of_any_numbers(values, share, dtype):
+    # Padded, so that one shape is compiled; what pads is never among the largest.
+    if dtype == "int8":
+        values = [int(np.clip(v, -4, 4)) for v in values]
+    count = round(share * len(values))
+    least = -128 if dtype == "int8" else -np.inf
+    scores = jnp.asarray(values + [least] * (24 - len(values)), dtype)
+    found = _largest(scores, count)
+    order = sorted(range(24), key=lambda i: (-float(scores[i]), i))
+    np.testing.assert_array_equal(np.flatnonzero(found), sorted(order[:count]))
+
+
+_largest = jax.jit(masks.largest)
+
+
+def test_counts_of_every_layer_are_met():
+    scores = {"a": jnp.asarray([3.0, 1.0, 2.0]), "b": None, "c": jnp.asarray([[5.0], [7.0]])}
+    found = _largest(scores, {"a": 2, "b": None, "c": 0})
+    assert found["b"] is None
+    np.testing.assert_array_equal(found["a"], [True, False, True])
+    np.testing.assert_array_equal(found["c"], [[False], [False]])
+    together = _largest(scores, 3)
+    np.testing.assert_array_equal(together["a"], [True, False, False])
+    np.testing.assert_array_equal(together["c"], [[True], [True]])
+
+
+def test_a_layer_smaller_than_one_kept_weight_keeps_one():
+    scores = {"small": jnp.asarray([1.0, 2.0]), "large": jnp.arange(300.0)}
+    assert masks.counts(scores, 0.01) == {"small": 1, "large": 3}
+    assert masks.counts(scores, 0.01, "global") == 4
+    assert masks.kept(masks.topk(scores, 0.01)) == (4, 302)
+
+
+def test_gradients_go_straight_through():
+    scores = {"w": jnp.asarray([[0.5, -2.0], [1.0, 0.25]]), "b": None}
+    weights = jnp.asarray([[3.0, 4.0], [-5.0, 6.0]])
+
+    def run(scores):
+        size = jax.tree.map(jnp.abs, scores)
+        soft = masks.straight_through(size, masks.topk(size, 0.5))
+        return (jnp.asarray([[1.0, 10.0], [100.0, 1000.0]]) * weights * soft["w"]).sum()
+
+    value, gradient = jax.value_and_grad(run)(scores)
+    assert value == 10 * 4 + 100 * -5
+    # sign(S) W dL/dW_eff, of what is masked too.
+    np.testing.assert_array_equal(gradient["w"], [[3.0, -40.0], [-500.0, 6000.0]])
+    assert gradient["b"] is None
+
+
 def test_it_is_traceable():
     scores = {"w": jnp.asarray([[3.0, 1.0], [2.0, 3.0]])}
     topk = jax.jit(masks.topk, static_argnums=(1, 2))
