@@ -20,6 +20,7 @@ from experiments import (
     quickstart_pictures,
     quickstart_protection,
     quickstart_pruning,
+    quickstart_robust_pruning,
     quickstart_routes,
     quickstart_similarity,
     quickstart_sizes,
@@ -35,6 +36,7 @@ SECTIONS: tuple[Callable[[Case], page.Section], ...] = (
     quickstart_similarity.similarity,
     quickstart_detection.detection,
     quickstart_pruning.pruning,
+    quickstart_robust_pruning.robust_pruning,
     quickstart_protection.protection,
     quickstart_routes.routes,
 )

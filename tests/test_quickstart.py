@@ -22,6 +22,7 @@ from experiments import (
     quickstart_detection,
     quickstart_pictures,
     quickstart_pruning,
+    quickstart_robust_pruning,
     quickstart_similarity,
 )
 from experiments.quickstart_case import prepare
@@ -81,6 +82,7 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "prepare", kept)
         patch.setattr(quickstart_case, "THETAS", (OPTIONS["theta"],))
+        patch.setattr(quickstart_robust_pruning, "EPOCHS", (1, 1, 1))
         patch.setattr(sys, "argv", [str(ROOT / "experiments" / "quickstart.py"), "--theta=0.3"])
         summary = quickstart.run(out, **OPTIONS)
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
@@ -138,6 +140,7 @@ def test_every_section_is_there_and_says_where_it_comes_from(made):
         "How alike the slices of the classes are",
         "Adversarial images told by their slices",
         "Pruning for chosen classes",
+        "Pruning a robust network",
         "What hiding the most valuable synapses protects",
         "The route of an image",
         "How this page was made",
