@@ -31,9 +31,20 @@ import numpy as np
 from absl import app, flags, logging
 
 import nnslicer_jax as nns
-from experiments import record, robust_pruning, robust_pruning_figures
+from experiments import robust_pruning, robust_pruning_figures
 from experiments.provenance import ROOT, origin
-from experiments.robust_pruning import SAID, Case, Ledger, Outcome, interval, recipe, share
+from experiments.robust_pruning import (
+    SAID,
+    Case,
+    Ledger,
+    Outcome,
+    interval,
+    made_at,
+    percent,
+    recipe,
+    share,
+    write,
+)  # fmt: skip
 from prune import evaluate, hydra, lwm, masks, quantize, random_masks, rounds, scratch, snip, stages
 from prune.stages import Pruned, Run, Stage
 
@@ -44,7 +55,11 @@ TEXT = (
     "over seeds, with Student's 95 % interval of that mean (none for one seed). Differences are "
     "within a seed, from the variant named first. Sub-networks are of networks trained under the "
     "objective named, chosen by HYDRA under the other, and not fine-tuned. Attacks on networks of "
-    "8 bits follow gradients that pass the rounding as if it were none."
+    "8 bits follow gradients that pass the rounding as if it were none. Fewer images to prune by "
+    "make as many fewer updates of the scores, as epochs stay what they are. Two rounds have half "
+    "as many epochs each, rounded up. LWM in steps prunes after each epoch of the search. What is "
+    "trained from scratch is the whole network's first draw under the masks, for as many epochs "
+    "as the whole network was trained, and not fine-tuned."
 )
 
 
@@ -409,7 +424,7 @@ def _named(key: Key) -> str:
 
 def _row(key: Key) -> str:
     said = QUESTIONS[key.question].said
-    return f"{key.objective}, {said}, {key.ratio:.0%} pruned: {key.variant}"
+    return f"{key.objective}, {said}, {percent(key.ratio)} pruned: {key.variant}"
 
 
 def rows(case: Case, found: Found) -> list[dict[str, Any]]:
@@ -422,7 +437,7 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
             made.append({
                 "row": _row(key), "metric": SAID.get(measure, measure), "ours": mean,
                 "spread": half, "unit": "%", "n": len(outcomes),
-                "note": _note(case, measure),
+                **made_at(_note(case, measure), outcomes),
                 "published": known.get((*key[:3], measure)),
             })  # fmt: skip
     for key, outcomes in found.items():
@@ -438,6 +453,7 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
             made.append({
                 "row": f"{_row(key)} - {first.variant}", "metric": SAID.get(measure, measure),
                 "ours": mean, "spread": half, "unit": "points", "n": len(apart),
+                **made_at(_note(case, measure), outcomes + found[first]),
             })  # fmt: skip
     return made
 
@@ -458,7 +474,7 @@ def save_figures(found: Found, folder: Path) -> list[Path]:
             key.variant: outcomes for key, outcomes in found.items()
             if (key.question, key.objective, key.ratio) == head
         }  # fmt: skip
-        title = f"{QUESTIONS[question].said}, {objective}, {ratio:.0%} pruned".capitalize()
+        title = f"{QUESTIONS[question].said}, {objective}, {percent(ratio)} pruned".capitalize()
         paths.append(folder / f"{question}_{objective}_{100 * ratio:g}.png")
         if question == AFTER:
             curves = {
@@ -500,10 +516,7 @@ def main(argv: Sequence[str]) -> None:
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     about["data"] = robust_pruning.described(case)
-    made = tuple(record.Row(study="pruning_questions", **row, **about) for row in rows(case, found))
-    out = Path(given.out)
-    record.write(out, record.Record(title=TITLE, text=TEXT, rows=made))
-    print(f"wrote {out.name}; python -m experiments.report renders it")
+    write(Path(given.out), "pruning_questions", TITLE, TEXT, about, rows(case, found))
 
 
 def _define_flags() -> None:

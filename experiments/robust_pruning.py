@@ -11,9 +11,10 @@ on pruning.
 images. On two cores a cell (a method at a ratio with a seed) takes about seven minutes under TRADES
 of ten steps, so all methods at all ratios take a night; ``--methods``, ``--ratios``,
 ``--objectives`` and ``--seeds`` choose a part, and later parts go on in the same folder, a killed
-run within its cell. ``--schedule published`` is the paper's: all training images, crops and flips,
-100/20/100 epochs (as many as each objective's recipe says), for VGG-16 or a wide ResNet on an
-accelerator. ``--schedule tiny`` takes a minute on ``--model digits_cnn --data digits``.
+run within its cell; every row names the code that made its networks. ``--schedule published`` is
+the paper's: all training images, crops and flips, 100/20/100 epochs (as many as each objective's
+recipe says), for VGG-16 or a wide ResNet on an accelerator. ``--schedule tiny`` takes a minute on
+``--model digits_cnn --data digits``.
 
 ``python -m experiments.robust_pruning --objectives trades --methods lwm,hydra --ratios 0.99``
 """
@@ -52,9 +53,14 @@ TEXT = (
     "(vra-m) or randomized smoothing (vra-s, in L2). In per cent; mean over seeds, which draw "
     "everything from the first weights on, with Student's 95 % interval of that mean (none for "
     "one seed). Differences are within a seed, from the same trained network. LWM in one step "
-    "and chance spend no epochs on pruning, all others as many as HYDRA; all fine-tune alike. "
-    "Published figures stand beside the same network on the same data alone, and were measured "
-    "on networks trained with 500,000 further images."
+    "and chance spend no epochs on pruning, all others as many as HYDRA, but for HYDRA under "
+    "HARP's shares, which spends twice as many; all fine-tune alike. Methods that train weights "
+    "while they prune (ADMM, its penalty 0.01; LWM in steps, one an epoch) do so at the rate that "
+    "scores have. Where a schedule has fewer steps than the paper, the small rates of Adam "
+    "(CROWN-IBP, MixTrain) grow by as much, up to that of training; the weight of MixTrain's "
+    "bounds and HARP's penalty grow so much faster that they end where they would; free training "
+    "rounds its epochs up to whole replays. Published figures stand beside the same network on "
+    "the same data alone; those of CIFAR-10 are of networks trained with 500,000 further images."
 )
 
 METHODS = {
@@ -251,6 +257,8 @@ def prepare(
       FileNotFoundError: For a data set that is nowhere.
     """
     whole = data.load(dataset, data_dir)
+    if dataset in _WRITTEN:
+        schedule = dataclasses.replace(schedule, flip=False)
     module = models.create(model, len(whole.classes))
     some = _drawn(0, len(whole.train_labels), schedule.images)
     held = _drawn(1, len(whole.test_labels), schedule.tests)
@@ -268,6 +276,8 @@ def _drawn(draw: int, count: int, wanted: int | None) -> np.ndarray:
     return np.sort(order[:wanted])
 
 
+# Digits mirrored are no digits.
+_WRITTEN = frozenset({"digits", "mnist", "svhn"})
 # By how much HARP's penalty grows an epoch, of so many.
 _GAMMA, _HARP_EPOCHS = 0.01, 20
 
@@ -276,10 +286,17 @@ _GAMMA, _HARP_EPOCHS = 0.01, 20
 
 
 class Outcome(NamedTuple):
-    """One network: what was measured of it (0..1), and the weights it keeps, by size."""
+    """One network.
+
+    Attributes:
+      measured: What was measured of it, 0..1.
+      weights: How many it keeps, by size.
+      commit: Of the code that made it.
+    """
 
     measured: dict[str, float]
     weights: list[int]
+    commit: str = "unknown"
 
 
 # Ends of the bins that weights are counted in.
@@ -316,7 +333,7 @@ def judge(case: Case, objective: str, found: Pruned, seed: int) -> Outcome:
     wanted = [m for m in MEASURES[objective] if m != "autoattack" or schedule.attacked]
     measured = {name: measures[name]().accuracy for name in wanted}
     counted = histograms.histogram(variables["params"], found.masks, EDGES)
-    return Outcome(measured, [int(n) for n in counted])
+    return Outcome(measured, [int(n) for n in counted], case.commit)
 
 
 def pruned(case: Case, objective: str, method: str, keep: Fraction, seed: int, variables: Any,
@@ -422,12 +439,22 @@ def share(ratio: float) -> Fraction:
     return 1 - Fraction(str(ratio))
 
 
+def percent(ratio: float) -> str:
+    """A share in per cent, as the decimals say."""
+    return f"{float(100 * Fraction(str(ratio))):g}%"
+
+
 class Ledger:
     """The outcomes so far, in a JSON file that is written whole after every cell."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        self.done: dict[str, Any] = {}
+        if file.is_file():
+            try:
+                self.done = json.loads(file.read_text())
+            except ValueError:
+                raise ValueError(f"{file} is damaged: not JSON") from None
 
     def part(self, name: str, make: Callable[[], Outcome]) -> Outcome:
         """The outcome of that name, made unless it is there."""
@@ -491,20 +518,19 @@ def run(case: Case, part: Part, work: Path, show: bool = False) -> Found:
             found.setdefault((objective, method, ratio), []).append(outcome)
             if show:
                 said = ", ".join(f"{k} {v:.1%}" for k, v in outcome.measured.items())
-                print(f"{objective}, {method}, {ratio:.0%} pruned, seed {seed}: {said}",
+                print(f"{objective}, {method}, {percent(ratio)} pruned, seed {seed}: {said}",
                       file=sys.stderr, flush=True)  # fmt: skip
     return found
 
 
 def claim(case: Case, work: Path) -> None:
-    """Notes what a folder of results belongs to; which cells are run is left open."""
+    """Notes what a folder of results belongs to; which cells are run, and by what code, is open."""
     about = {
         "model": case.name,
         "data": case.dataset.name,
         "sums": fingerprint(case.dataset),
         "tests": float(case.tests.sum(dtype=np.float64)),
         "schedule": json.loads(json.dumps(dataclasses.asdict(case.schedule))),
-        "commit": case.commit,
     }
     checkpoint.claim(work, about)
 
@@ -534,12 +560,13 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
     """Fields of the results' rows: every network, then differences of methods."""
     made = []
     for (objective, method, ratio), outcomes in found.items():
-        what = "dense" if method == "dense" else f"{METHODS[method]}, {ratio:.0%} pruned"
+        what = "dense" if method == "dense" else f"{METHODS[method]}, {percent(ratio)} pruned"
         for measure in outcomes[0].measured:
             mean, half = interval([outcome.measured[measure] for outcome in outcomes])
             made.append({
                 "row": f"{objective}: {what}", "metric": SAID[measure], "ours": mean,
-                "spread": half, "unit": "%", "n": len(outcomes), "note": note(case, measure),
+                "spread": half, "unit": "%", "n": len(outcomes),
+                **made_at(note(case, measure), outcomes),
                 "published": published(
                     case.name, case.dataset.name, objective, measure, method, float(share(ratio))
                 ),
@@ -562,12 +589,20 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
                 )  # fmt: skip
                 made.append({
                     "row": f"{objective}: {METHODS[better]} - {METHODS[other]}, "
-                    f"{ratio:.0%} pruned",
+                    f"{percent(ratio)} pruned",
                     "metric": SAID[measure], "ours": mean, "spread": half, "unit": "points",
-                    "n": len(apart), "note": "",
+                    "n": len(apart), **made_at(note(case, measure), outcomes + beside),
                     "published": None if one is None or two is None else round(one - two, 2),
                 })  # fmt: skip
     return made
+
+
+def made_at(note: str, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """The note of a row, and the commit: in the note where its networks were made at several."""
+    commits = sorted({outcome.commit for outcome in outcomes})
+    if len(commits) == 1:
+        return {"note": note, "commit": commits[0]}
+    return {"note": f"{note}; networks made at {', '.join(commits)}"}
 
 
 def note(case: Case, measure: str) -> str:
@@ -624,7 +659,7 @@ def save_figures(found: Found, part: Part, folder: Path) -> list[Path]:
         }  # fmt: skip
         paths.append(folder / f"{objective}_weights.png")
         robust_pruning_figures.weights(
-            weights, EDGES, f"Weights kept, {ratio:.0%} pruned, {objective}", paths[-1]
+            weights, EDGES, f"Weights kept, {percent(ratio)} pruned, {objective}", paths[-1]
         )
     return paths
 
@@ -651,9 +686,18 @@ def main(argv: Sequence[str]) -> None:
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     about["data"] = described(case)
-    made = tuple(record.Row(study="robust_pruning", **row, **about) for row in rows(case, found))
-    out = Path(given.out)
-    record.write(out, record.Record(title=TITLE, text=TEXT, rows=made))
+    write(Path(given.out), "robust_pruning", TITLE, TEXT, about, rows(case, found))
+
+
+def write(
+    out: Path, study: str, title: str, text: str, about: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """Writes a results file, or ends with one line that says why not."""
+    try:
+        made = tuple(record.Row(study=study, **{**about, **row}) for row in rows)
+        record.write(out, record.Record(title=title, text=text, rows=made))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(f"wrote {out.name}; python -m experiments.report renders it")
 
 

@@ -33,7 +33,8 @@ def curves(
     ax.axhline(whole, color="#888888", linewidth=1, linestyle=":", label="dense")
     ratios = sorted({ratio for curve in found.values() for ratio in curve})
     named = {
-        name: {f"{ratio:.0%}": curve[ratio] for ratio in ratios} for name, curve in found.items()
+        name: {f"{100 * ratio:g}%": curve[ratio] for ratio in ratios}
+        for name, curve in found.items()
     }
     _lines(ax, named)
     ax.set(xlabel="weights pruned", ylabel=label, ylim=(0, None), title=title)

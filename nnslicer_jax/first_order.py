@@ -18,7 +18,7 @@ element.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,8 @@ def quick(node: Node, *args: jax.Array) -> tuple[jax.Array, ...] | None:
         spec = q["dimension_numbers"]
         plain = (spec.lhs_spec, spec.rhs_spec, spec.out_spec) == (_NHWC, _HWIO, _NHWC)
         whole = q["feature_group_count"] == q["batch_group_count"] == 1
-        if plain and whole and set(q["lhs_dilation"]) == {1} and args[0].ndim == 4:
+        undilated = set(q["lhs_dilation"]) == {1}
+        if plain and whole and undilated and args[0].ndim == 4 and _fits(args[0], args[1], q):
             how = _How(
                 tuple(q["window_strides"]), tuple(map(tuple, q["padding"])),
                 tuple(q["rhs_dilation"]), q["precision"], q["preferred_element_type"],
@@ -61,6 +62,13 @@ def quick(node: Node, *args: jax.Array) -> tuple[jax.Array, ...] | None:
         if apart and undilated and all(n >= k for n, k in zip(args[0].shape, window, strict=True)):
             return (_max_pool(window, *args),)
     return None
+
+
+def _fits(x: jax.Array, kernel: jax.Array, q: Mapping[str, Any]) -> bool:
+    """Whether the window is no larger than what it slides over, so that there is a result."""
+    reach = [(k - 1) * d for k, d in zip(kernel.shape[:2], q["rhs_dilation"], strict=True)]
+    sizes = zip(x.shape[1:3], q["padding"], reach, strict=True)
+    return all(n + sum(pad) > most for n, pad, most in sizes)
 
 
 class _How(NamedTuple):
@@ -88,7 +96,8 @@ def _convolution_forward(how, x, kernel):
 def _convolution_backward(how, kept, back):
     x, kernel = kept
     on_x, on_kernel = jax.vjp(functools.partial(_product, how), x, kernel)[1](back)
-    if set(how.strides) == {1} and x.shape[3] >= _MANY_CHANNELS:
+    alike = x.dtype == kernel.dtype == back.dtype
+    if set(how.strides) == {1} and x.shape[3] >= _MANY_CHANNELS and alike:
         on_x = _turned(how, x, kernel, back)
     return on_x, on_kernel
 

@@ -30,7 +30,8 @@ from nnslicer_jax.linear_bounds import linear_bounds, margin_rows
 from nnslicer_jax.symbolic import symbolic_bounds
 
 # A margin counts as certified above so many units in the last place of the largest magnitude that
-# interval bounds give a logit: what the bounds may be off by, as none of them is rounded outward.
+# interval bounds give a logit: an allowance for rounding, as none of the bounds is rounded outward.
+# It is no proof where values inside are far larger than the logits: such networks want float64.
 _UNITS = 64
 # A smaller batch is compiled where at most a quarter of one is left to attack, but none below this.
 _SHRINK, _SMALLEST = 4, 8
@@ -81,7 +82,7 @@ class Certified(Verdict):
     Attributes:
       benign: `[N]` bool: right before.
       margin: `[N]`, a lower bound of how far the label leads within eps, -inf where none is known.
-      slack: `[N]`, what rounding may make of it; certified are those above it.
+      slack: `[N]`, allowed for rounding at the logits; certified are those above it.
     """
 
     benign: np.ndarray

@@ -10,7 +10,7 @@ anew in every pass of an attack.
 
 import dataclasses
 import math
-from numbers import Real
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -98,8 +98,8 @@ def norms(params: Any, batch_statistics: Any) -> Any:
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         at = batch_statistics
         for step in path[:-1]:
-            at = at.get(step.key) if isinstance(at, dict) else None
-        return leaf if at and not any(isinstance(v, dict) for v in at.values()) else None
+            at = at.get(step.key) if isinstance(at, Mapping) else None
+        return leaf if at and not any(isinstance(v, Mapping) for v in at.values()) else None
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -222,17 +222,13 @@ def prune(
 
     # What is not accepted is told before anything is trained.
     shapes = stages.network_of(model, dataset).shapes()["params"]
-    numbers = counts(jax.eval_shape(first, shapes), keep, scope) if _is_share(keep) else keep
+    numbers = counts(jax.eval_shape(first, shapes), keep, scope)
     network, variables = stages.opening(model, dataset, pretrain, variables, run)
     found = learn(
         network, dataset, search, variables, first(variables["params"]), numbers,
         train_norms=train_norms, run=run,
     )  # fmt: skip
     return stages.fine_tune(network, dataset, finetune, found, run=run)
-
-
-def _is_share(keep: Any) -> bool:
-    return isinstance(keep, Real)
 
 
 def _is_none(tree: Any) -> bool:

@@ -45,27 +45,37 @@ def topk(scores: Any, keep: float | Fraction, scope: str = "layer") -> Any:
     return largest(scores, counts(scores, keep, scope))
 
 
-def counts(scores: Any, keep: float | Fraction, scope: str = "layer") -> Any:
-    """How many entries a share is.
+def counts(scores: Any, keep: Any, scope: str = "layer") -> Any:
+    """How many entries are kept.
 
     Args:
       scores: As for `topk`; only their shapes matter.
-      keep: As for `topk`.
+      keep: As for `topk`; or the numbers themselves, a pytree of whole numbers like the scores.
       scope: As for `topk`.
 
     Returns:
       For "layer" a pytree of int like the scores, for "global" one int.
 
     Raises:
-      ValueError: For a share or scope that is not accepted, or no scores.
+      ValueError: For a share, numbers or a scope that are not accepted, or no scores.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope must be layer or global, not {scope!r}")
-    share = _share(keep)
     leaves, structure = jax.tree.flatten(scores)
     sizes = [math.prod(np.shape(leaf)) for leaf in leaves]
     if not sizes or not all(sizes):
         raise ValueError("scores must hold at least one array, and no empty ones")
+    numbers: Any
+    given: Any
+    numbers, given = jax.tree.flatten(keep)
+    if not jax.tree_util.treedef_is_leaf(given):
+        if given != structure:
+            raise ValueError("keep must be a share, or numbers structured as the scores are")
+        for number, size in zip(numbers, sizes, strict=True):
+            if not isinstance(number, int | np.integer) or not 1 <= number <= size:
+                raise ValueError(f"keep must be whole numbers, 1 to {size} here, not {number!r}")
+        return jax.tree.unflatten(structure, map(int, numbers))
+    share = _share(keep)
     if scope == "global":
         return math.ceil(share * sum(sizes))
     return jax.tree.unflatten(structure, [math.ceil(share * size) for size in sizes])

@@ -26,7 +26,7 @@ from nnslicer_jax.data import Dataset
 from nnslicer_jax.progress import Progress
 from prune.masks import apply_masks
 from prune.objectives import OBJECTIVES, Network, Plan
-from prune.objectives.network import require, statistics
+from prune.objectives.network import require, require_count, statistics
 
 OPTIMIZERS = ("adam", "sgd")
 
@@ -63,14 +63,18 @@ class Stage:
         known = sorted(OBJECTIVES)
         require("objective", self.objective in OBJECTIVES, f"one of {', '.join(known)}",
                 self.objective)  # fmt: skip
-        require("epochs", self.epochs >= 1, "at least 1", self.epochs)
-        require("batch_size", self.batch_size >= 1, "at least 1", self.batch_size)
+        require_count("epochs", self.epochs)
+        require_count("batch_size", self.batch_size)
         require("learning_rate", 0 < self.learning_rate < np.inf, "above 0", self.learning_rate)
         require("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS), self.optimizer)
         require("momentum", 0 <= self.momentum < 1, "0 to below 1", self.momentum)
         require("weight_decay", 0 <= self.weight_decay < np.inf, "0 or more", self.weight_decay)
         require("crop", self.crop >= 0, "0 or more", self.crop)
-        pairs = dict(self.options)
+        # Numbers of arrays' kinds are neither hashable nor JSON.
+        pairs = {
+            name: value.item() if np.ndim(value) == 0 and hasattr(value, "item") else value
+            for name, value in dict(self.options).items()
+        }
         object.__setattr__(self, "options", tuple(sorted(pairs.items())))
 
 
@@ -124,8 +128,8 @@ class Run:
 
     def __post_init__(self) -> None:
         require("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1", self.seed)
-        require("save_every", self.save_every >= 1, "at least 1", self.save_every)
-        require("log_every", self.log_every >= 1, "at least 1", self.log_every)
+        require_count("save_every", self.save_every)
+        require_count("log_every", self.log_every)
 
 
 DEFAULT = Run()

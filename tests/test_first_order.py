@@ -56,6 +56,7 @@ def same_as_the_operation(apply, params, x, name):
         ((6, 6), (3, 3), (1, 1), ((-1, 0), (0, -2)), (1, 1)),  # cropped
         ((2, 2), (3, 3), (1, 1), "SAME", (1, 1)),
         ((8, 6), (4, 4), (2, 2), ((1, 1), (1, 1)), (1, 1)),
+        ((8, 8), (2, 2), (3, 3), "VALID", (1, 1)),  # the window is smaller than a step
     ],
 )
 def test_convolutions(size, window, strides, padding, dilation, channels):
@@ -102,3 +103,32 @@ def test_other_layouts_and_groups_run_as_they_are():
 
     params = {"scale": jnp.ones(2), "first": whole(4, 2, 3, 3), "second": whole(3, 3, 2, 4)}
     same_as_the_operation(apply, params, whole(2, 2, 4, 4, seed=3), "mul")
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_half_precision_with_sums_in_single(strides):
+    def apply(p, x):
+        x = lax.conv_general_dilated(
+            x.astype(jnp.bfloat16), p["kernel"], strides, "SAME", dimension_numbers=LAYOUT,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return x.reshape(len(x), -1)
+
+    params, x = {"kernel": whole(3, 3, 6, 4).astype(jnp.bfloat16)}, whole(2, 6, 6, 6, seed=3)
+    graph = nns.trace(apply, params, x[:1])
+    out, pull = jax.vjp(jax.jit(lambda x: nns.evaluate(graph, params, x)[0]), x)
+    found, push = jax.vjp(jax.jit(lambda x: logits(graph, params, x)), x)
+    np.testing.assert_array_equal(found, out)
+    back = whole(*out.shape, seed=2)
+    np.testing.assert_array_equal(push(back)[0], pull(back)[0])
+
+
+def test_a_window_larger_than_the_image_sees_nothing():
+    def apply(p, x):
+        seen = lax.conv_general_dilated(x, p["kernel"], (1, 1), "VALID", dimension_numbers=LAYOUT)
+        return x.sum((1, 2)) + seen.sum((1, 2))
+
+    params, x = {"kernel": whole(5, 5, 3, 3)}, whole(2, 3, 3, 3, seed=3)
+    graph = nns.trace(apply, params, x[:1])
+    found = jax.grad(lambda x: logits(graph, params, x).sum())(x)
+    np.testing.assert_array_equal(found, np.ones_like(x))

@@ -178,3 +178,25 @@ def test_bad_input_is_one_line(call, said):
     with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("share", [np.array(0.1), jnp.float32(0.1), np.float64(0.1)])
+def test_a_share_may_be_an_array_of_no_axes(share):
+    scores = {"a": np.arange(30.0)}
+    np.testing.assert_array_equal(masks.topk(scores, share)["a"], np.arange(30) >= 27)
+
+
+@pytest.mark.parametrize(
+    ("keep", "match"),
+    [
+        ({"a": 0}, "1 to 30 here, not 0"),
+        ({"a": 31}, "1 to 30 here, not 31"),
+        ({"a": 0.5}, "whole numbers"),
+        ({"b": 3}, "structured as the scores"),
+        ([3, 4], "structured as the scores"),
+    ],
+)
+def test_numbers_that_do_not_fit(keep, match):
+    with pytest.raises(ValueError, match=match):
+        masks.counts({"a": np.arange(30.0)}, keep)
+    assert masks.counts({"a": np.arange(30.0)}, {"a": 3}) == {"a": 3}

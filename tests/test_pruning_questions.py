@@ -80,7 +80,7 @@ def test_all_variants_keep_as_many(done):
 def test_rows_fit_the_schema(case, done):
     found, _, folder = done
     made = [
-        record.Row(study="pruning_questions", **row, **ABOUT) for row in study.rows(case, found)
+        record.Row(study="pruning_questions", **{**ABOUT, **row}) for row in study.rows(case, found)
     ]
     plain = [row for row in made if row.unit == "%"]
     assert [row.row for row in plain] == [study._row(key) for key in PART.keys]
@@ -147,7 +147,7 @@ def test_what_is_left_afterwards(case, monkeypatch):
     assert notes["era at 8/255, far longer"] == "3 test images, PGD-2, 2 restarts"
     assert len(rows) == 3 * len(found) and all(row["ours"] == 0 for row in rows[2 * len(found) :])
     made = functools.partial(record.Row, study="pruning_questions")
-    assert all(made(**row, **ABOUT) for row in rows)
+    assert all(made(**{**ABOUT, **row}) for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def test_a_run_gives_every_row_once(case, done):
     made = record.Record(
         title=study.TITLE, text=study.TEXT,
         rows=tuple(
-            record.Row(study="robust_pruning", **row, **ABOUT) for row in study.rows(case, found)
+            record.Row(study="robust_pruning", **{**ABOUT, **row})
+            for row in study.rows(case, found)
         ),
     )  # fmt: skip
     assert [(row.row, row.metric) for row in made.rows] == [

@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
     [
         ({"objective": "fgsm"}, "objective must be one of crown_ibp, free, mixtrain, natural, pgd, "
                                 "smoothing, trades, not 'fgsm'"),
-        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"epochs": 0}, "epochs must be a whole number, at least 1, not 0"),
         ({"learning_rate": 0}, "learning_rate must be above 0, not 0"),
         ({"optimizer": "lion"}, "optimizer must be adam or sgd, not 'lion'"),
         ({"momentum": 1}, "momentum must be 0 to below 1, not 1"),
@@ -186,3 +186,19 @@ def test_empty_sets():
     none = data()._replace(train_images=data().train_images[:0], train_labels=np.zeros(0, "i4"))
     with pytest.raises(ValueError, match="tiny: has no training images"):
         stages.pretrain(network(), none, NATURAL, run=RUN)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size"])
+def test_counts_of_a_stage_are_whole(name):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, at least 1, not 1.5"):
+        Stage(**{name: 1.5})
+    assert getattr(Stage(**{name: np.int64(2)}), name) == 2
+
+
+def test_options_may_be_numbers_of_arrays(tmp_path):
+    stage = Stage("pgd", {"eps": np.float32(0.5), "steps": jnp.int32(2)}, epochs=1, batch_size=20)
+    assert dict(stage.options) == {"eps": 0.5, "steps": 2}
+    stages.pretrain(network(), data(), stage, run=Run(folder=tmp_path))
+    wrong = dataclasses.replace(stage, options={"steps": 2.7})
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        stages.pretrain(network(), data(), wrong)

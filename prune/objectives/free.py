@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from prune.objectives import losses
-from prune.objectives.network import Aux, Batch, Network, Plan, require
+from prune.objectives.network import Aux, Batch, Network, Plan, require, require_count
 
 
 class FreeState(flax.struct.PyTreeNode):
@@ -48,7 +48,7 @@ def init(
     require("eps", 0 < eps <= 1, "above 0 and at most 1", eps)
     step_size = eps if step_size is None else step_size
     require("step_size", 0 < step_size <= 1, "above 0 and at most 1", step_size)
-    require("replays", replays >= 1, "at least 1", replays)
+    require_count("replays", replays)
     still = jnp.zeros((plan.batch_size, *network.image_shape))
     return FreeState(still, network, float(eps), float(step_size), int(replays))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from nnslicer_jax.linear_bounds import margin_rows
 from nnslicer_jax.symbolic import symbolic_bounds
 from prune.objectives import losses
-from prune.objectives.network import Aux, Batch, Network, Plan, require
+from prune.objectives.network import Aux, Batch, Network, Plan, require, require_count
 
 # The weight grows by a factor every few epochs once the ramp is over, up to a limit.
 _FIRST, _FACTOR, _MOST = 0.1, 2.5, 50.0
@@ -63,7 +63,7 @@ def init(
     """
     require("eps", 0 <= eps <= 1, "0 to 1", eps)
     require("ramp_epochs", ramp_epochs >= 0, "0 or more", ramp_epochs)
-    require("samples", samples >= 1, "at least 1", samples)
+    require_count("samples", samples)
     require("probability", 0 <= probability <= 1, "0 to 1", probability)
     require("weight", weight is None or 0 <= weight < float("inf"), "0 or more, or None", weight)
     require("every", 0 < every < float("inf"), "above 0", every)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import nnslicer_jax as nns
 from nnslicer_jax import evaluation
@@ -99,6 +100,12 @@ def _shapes(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
 def statistics(variables: Any) -> dict[str, Any]:
     """All of a network's variables but its parameters."""
     return {name: value for name, value in variables.items() if name != "params"}
+
+
+def require_count(name: str, given: Any) -> None:
+    """Raises ValueError unless what is given is a whole number of at least 1."""
+    good = isinstance(given, int | np.integer) and int(given) >= 1
+    require(name, good, "a whole number, at least 1", given)
 
 
 def require(name: str, good: bool, accepted: str, given: Any) -> None:

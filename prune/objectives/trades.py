@@ -11,7 +11,7 @@ import jax
 
 from prune.objectives import losses
 from prune.objectives.ascent import ascend
-from prune.objectives.network import Aux, Batch, Network, Plan, require
+from prune.objectives.network import Aux, Batch, Network, Plan, require, require_count
 
 
 class TradesState(flax.struct.PyTreeNode):
@@ -53,7 +53,7 @@ def init(
     del plan
     require("eps", 0 <= eps <= 1, "0 to 1", eps)
     require("step_size", 0 < step_size <= 1, "above 0 and at most 1", step_size)
-    require("steps", steps >= 1, "at least 1", steps)
+    require_count("steps", steps)
     require("weight", 0 <= weight < float("inf"), "0 or more", weight)
     require("start", 0 < start < float("inf"), "above 0", start)
     return TradesState(
