@@ -63,10 +63,28 @@ TEXT = (
     "the same data alone; those of CIFAR-10 are of networks trained with 500,000 further images."
 )
 
+
+class Method(NamedTuple):
+    """A way to prune.
+
+    Attributes:
+      title: In tables and figures.
+      prune: It.
+    """
+
+    title: str
+    prune: Callable[..., Pruned]
+
+
 METHODS = {
-    "lwm": "LWM", "lwm_steps": "LWM in steps", "admm": "ADMM", "hydra": "HYDRA", "harp": "HARP",
-    "hydra_shares": "HYDRA, HARP's shares", "random": "Random",
-}  # fmt: skip
+    "lwm": Method("LWM", lwm.prune),
+    "lwm_steps": Method("LWM in steps", lwm.prune),
+    "admm": Method("ADMM", admm.prune),
+    "hydra": Method("HYDRA", hydra.prune),
+    "harp": Method("HARP", harp.prune),
+    "hydra_shares": Method("HYDRA, HARP's shares", hydra.prune),
+    "random": Method("Random", random_masks.prune),
+}
 DEFAULT_METHODS = ("lwm", "admm", "hydra", "harp")
 # What is measured under each objective.
 MEASURES = {
@@ -123,7 +141,6 @@ class Schedule:
     Attributes:
       images: Training images, drawn once for all; None for all.
       epochs: Of training, pruning and fine-tuning; None: as each objective's recipe says.
-      rates: Of learning, likewise.
       batch_size: Images a step; None: as the recipe says.
       crop: Pixels of border for random crops.
       flip: Mirror half of the images.
@@ -140,7 +157,6 @@ class Schedule:
 
     images: int | None = 10_000
     epochs: tuple[int, int, int] | None = (20, 5, 20)
-    rates: tuple[float, float, float] | None = None
     batch_size: int | None = None
     crop: int = 0
     flip: bool = False
@@ -195,7 +211,6 @@ def recipe(objective: str, schedule: Schedule) -> tuple[Stage, Stage, Stage]:
             min(rates[0], r * max(1.0, n)) for r, n in zip(rates, fewer, strict=True)
         )
         rates = first, second, third
-    rates = schedule.rates or rates
     chosen = dict(dict(schedule.options).get(objective, ()))
     if objective in EPS:
         chosen["eps"] = EPS[objective]
@@ -278,8 +293,8 @@ def _drawn(draw: int, count: int, wanted: int | None) -> np.ndarray:
 
 # Digits mirrored are no digits.
 _WRITTEN = frozenset({"digits", "mnist", "svhn"})
-# By how much HARP's penalty grows an epoch, of so many.
-_GAMMA, _HARP_EPOCHS = 0.01, 20
+# Epochs of pruning that the growth of HARP's penalty is stated for.
+_HARP_EPOCHS = 20
 
 
 # One cell -------------------------------------------------------------------------------------
@@ -352,16 +367,18 @@ def pruned(case: Case, objective: str, method: str, keep: Fraction, seed: int, v
     Raises:
       ValueError: For an unknown method.
     """
+    if method not in METHODS:
+        raise ValueError(f"methods must be among {', '.join(METHODS)}, not {method}")
     _, search, finetune = recipe(objective, case.schedule)
     model, dataset = case.network.model, case.dataset
     run = dataclasses.replace(run, seed=seed)
     after = functools.partial(
-        _methods(method), model, dataset, variables=variables, finetune=finetune, run=run
+        METHODS[method].prune, model, dataset, variables=variables, finetune=finetune, run=run
     )
     if method in ("lwm", "random"):
         return after(keep)
     # In fewer epochs than HARP's the penalty ends where it would.
-    gamma = _GAMMA * _HARP_EPOCHS / search.epochs
+    gamma = harp.GAMMA * _HARP_EPOCHS / search.epochs
     if method == "harp":
         return after(keep, search=search, gamma=gamma)
     if method != "hydra_shares":
@@ -372,16 +389,6 @@ def pruned(case: Case, objective: str, method: str, keep: Fraction, seed: int, v
         case.network, dataset, search, variables, scores, keep, gamma=gamma, run=shares
     )
     return after(numbers, search=search)
-
-
-def _methods(method: str) -> Callable[..., Pruned]:
-    every: dict[str, Callable[..., Pruned]] = {
-        "lwm": lwm.prune, "lwm_steps": lwm.prune, "admm": admm.prune, "hydra": hydra.prune,
-        "harp": harp.prune, "hydra_shares": hydra.prune, "random": random_masks.prune,
-    }  # fmt: skip
-    if method not in every:
-        raise ValueError(f"methods must be among {', '.join(every)}, not {method}")
-    return every[method]
 
 
 def trained(case: Case, objective: str, seed: int, work: Path, show: bool = False) -> Any:
@@ -560,7 +567,7 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
     """Fields of the results' rows: every network, then differences of methods."""
     made = []
     for (objective, method, ratio), outcomes in found.items():
-        what = "dense" if method == "dense" else f"{METHODS[method]}, {percent(ratio)} pruned"
+        what = "dense" if method == "dense" else f"{METHODS[method].title}, {percent(ratio)} pruned"
         for measure in outcomes[0].measured:
             mean, half = interval([outcome.measured[measure] for outcome in outcomes])
             made.append({
@@ -588,7 +595,7 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
                     for m in (better, other)
                 )  # fmt: skip
                 made.append({
-                    "row": f"{objective}: {METHODS[better]} - {METHODS[other]}, "
+                    "row": f"{objective}: {METHODS[better].title} - {METHODS[other].title}, "
                     f"{percent(ratio)} pruned",
                     "metric": SAID[measure], "ours": mean, "spread": half, "unit": "points",
                     "n": len(apart), **made_at(note(case, measure), outcomes + beside),
@@ -640,7 +647,7 @@ def save_figures(found: Found, part: Part, folder: Path) -> list[Path]:
     for objective in part.objectives:
         for measure in found[objective, "dense", 0.0][0].measured:
             curves = {
-                METHODS[method]: {
+                METHODS[method].title: {
                     ratio: [o.measured[measure] for o in found[objective, method, ratio]]
                     for ratio in part.ratios
                 }
@@ -654,7 +661,7 @@ def save_figures(found: Found, part: Part, folder: Path) -> list[Path]:
             )  # fmt: skip
         ratio = max(part.ratios)
         weights = {"dense": found[objective, "dense", 0.0][0].weights} | {
-            METHODS[m]: found[objective, m, ratio][0].weights
+            METHODS[m].title: found[objective, m, ratio][0].weights
             for m in ("lwm", "hydra") if m in part.methods
         }  # fmt: skip
         paths.append(folder / f"{objective}_weights.png")

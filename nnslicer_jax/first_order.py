@@ -7,10 +7,12 @@ miss the fast path: outside loops somewhat (4x4 windows, stride 2, 32 to 32 chan
 forward, 18 for the input), and within loops and branches altogether (TRADES of ten steps took 308
 ms in a rolled loop, 89 unrolled; a branch with the gradient for a kernel, seconds). Written anew:
 
-- for the input, strides 1 and many channels: a convolution with a turned kernel, as fast as forward
-  (16x16, 128 to 128 channels: 176 GFLOP/s; products of patches 71);
-- for the input otherwise, and for the kernel: products of patches, laid out in tiles of one stride,
-  so that they are moved in blocks (32x32, 3 to 64 channels: 85 GFLOP/s, turned 11).
+- other strides than 1 become these, pixels that a stride moves over together becoming channels;
+- for the input: a convolution with a turned kernel, as fast as forward (16x16, 128 to 128 channels:
+  176 GFLOP/s; products of patches 71), but with few channels products of patches (32x32, 3 to 64:
+  85 GFLOP/s, turned 11);
+- for the kernel: products of patches, of so few samples at a time that they stay in the cache
+  (16x16, 4x4 windows, stride 2, 16 to 32 channels, batch 1,152: 54 GFLOP/s, all at once 14).
 
 The gradient of max pooling, a select-and-scatter, takes 7 times as long as comparisons element by
 element.
@@ -25,13 +27,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nnslicer_jax.convolution import convolve, patches
+from nnslicer_jax.convolution import convolve
 from nnslicer_jax.graph import Node
 
 _NHWC = (0, 3, 1, 2)
 _HWIO = (3, 2, 0, 1)
 # With fewer channels, products of patches are quicker than a convolution with a turned kernel.
 _MANY_CHANNELS = 5
+# Bytes of patches at a time.
+_CACHED = 1 << 20
 
 
 def quick(node: Node, *args: jax.Array) -> tuple[jax.Array, ...] | None:
@@ -95,11 +99,46 @@ def _convolution_forward(how, x, kernel):
 
 def _convolution_backward(how, kept, back):
     x, kernel = kept
-    on_x, on_kernel = jax.vjp(functools.partial(_product, how), x, kernel)[1](back)
-    alike = x.dtype == kernel.dtype == back.dtype
-    if set(how.strides) == {1} and x.shape[3] >= _MANY_CHANNELS and alike:
+    (x, kernel), pull = jax.vjp(functools.partial(_unstrided, how), x, kernel)
+    if set(how.strides) != {1}:
+        how = how._replace(strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1))
+    if x.shape[3] >= _MANY_CHANNELS and x.dtype == kernel.dtype == back.dtype:
         on_x = _turned(how, x, kernel, back)
-    return on_x, on_kernel
+    else:
+        (on_x,) = jax.vjp(lambda x: _product(how, x, kernel), x)[1](back)
+    return pull((on_x, _on_kernel(how, x, kernel, back)))
+
+
+def _unstrided(how: _How, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The operands of the same convolution in strides of 1.
+
+    If it had others, it then has no padding and no dilation: pixels that a stride moves over
+    together become the channels of one, and the window is filled up to whole strides.
+    """
+    if set(how.strides) == {1}:
+        return x, kernel
+    apart = ((0, 0, d - 1) for d in how.dilation)
+    kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), [*apart, (0, 0, 0), (0, 0, 0)])
+    steps, config = [], []
+    for n, k, s, (low, high) in zip(
+        x.shape[1:3], kernel.shape[:2], how.strides, how.padding, strict=True
+    ):
+        steps.append(-(-k // s))
+        tiles = (n + low + high - k) // s + steps[-1]
+        config.append((low, tiles * s - n - low, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+    fill = [(0, m * s - k) for m, s, k in zip(steps, how.strides, kernel.shape[:2], strict=True)]
+    kernel = jnp.pad(kernel, (*fill, (0, 0), (0, 0)))
+    return _tiled(x, how.strides), _tiled(kernel[None], how.strides, 2)[0]
+
+
+def _tiled(x: jax.Array, strides: Sequence[int], channels: int = 1) -> jax.Array:
+    """`[B, H s, W t, ...]` with each tile of s times t pixels laid into one."""
+    s, t = strides
+    rest = x.shape[-channels:]
+    x = x.reshape(len(x), x.shape[1] // s, s, x.shape[2] // t, t, *rest)
+    x = jnp.moveaxis(x, 2, 3)
+    return x.reshape(*x.shape[:3], s * t * rest[0], *rest[1:])
 
 
 def _turned(how: _How, x: jax.Array, kernel: jax.Array, back: jax.Array) -> jax.Array:
@@ -121,50 +160,63 @@ def _turned(how: _How, x: jax.Array, kernel: jax.Array, back: jax.Array) -> jax.
 
 
 def _product(how: _How, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution as patches times a matrix."""
+    """The convolution, in strides of 1, as patches times a matrix."""
     height, width, *channels = kernel.shape
-    window = height, width
-    if set(how.dilation) != {1}:
-        columns = patches(x, window, how.strides, how.padding, rhs_dilation=how.dilation)
-    else:
-        # Pixels that a step moves over together are put side by side, the window is filled up to
-        # whole steps: what it sees at all places is then a few blocks of the image.
-        steps = [-(-k // s) for k, s in zip(window, how.strides, strict=True)]
-        places = [
-            (n + sum(pad) - k) // s + 1
-            for n, pad, k, s in zip(x.shape[1:3], how.padding, window, how.strides, strict=True)
-        ]
-        tiles = [n + m - 1 for n, m in zip(places, steps, strict=True)]
-        config = [
-            (low, t * s - n - low, 0)
-            for (low, _), t, s, n in zip(how.padding, tiles, how.strides, x.shape[1:3], strict=True)
-        ]
-        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
-        x = _tiled(x, tiles, how.strides)
-        columns = lax.concatenate(
-            [
-                x[:, i : i + places[0], j : j + places[1]]
-                for i in range(steps[0]) for j in range(steps[1])
-            ], 3,
-        )  # fmt: skip
-        fill = [(0, m * s - k) for m, s, k in zip(steps, how.strides, window, strict=True)]
-        kernel = jnp.pad(kernel, (*fill, (0, 0), (0, 0)))
-        kernel = _tiled(kernel[None], steps, how.strides, 2)
+    x = _padded(how, x)
+    columns = _shifted(_shifted(x, 2, width, how.dilation[1]), 1, height, how.dilation[0])
     return lax.dot_general(
         columns, kernel.reshape(-1, channels[1]), (((3,), (0,)), ((), ())),
         precision=how.precision, preferred_element_type=how.dtype,
     )  # fmt: skip
 
 
-def _tiled(
-    x: jax.Array, tiles: Sequence[int], strides: Sequence[int], channels: int = 1
-) -> jax.Array:
-    """`[B, H s, W t, ...]` with each tile of s times t pixels laid into one."""
-    (h, w), (s, t) = tiles, strides
-    rest = x.shape[-channels:]
-    x = x.reshape(len(x), h, s, w, t, *rest)
-    x = jnp.moveaxis(x, 2, 3)
-    return x.reshape(len(x), h, w, s * t * rest[0], *rest[1:])
+def _padded(how: _How, x: jax.Array) -> jax.Array:
+    sides = ((low, high, 0) for low, high in how.padding)
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+
+
+def _shifted(x: jax.Array, axis: int, count: int, dilation: int) -> jax.Array:
+    """What the window sees along an axis at each place, side by side as channels."""
+    places = x.shape[axis] - (count - 1) * dilation
+    taps = [lax.slice_in_dim(x, t * dilation, t * dilation + places, axis=axis)
+            for t in range(count)]  # fmt: skip
+    return lax.concatenate(taps, 3)
+
+
+def _on_kernel(how: _How, x: jax.Array, kernel: jax.Array, back: jax.Array) -> jax.Array:
+    """The gradient for the kernel of a convolution with strides of 1.
+
+    Patches are laid out along the width alone, for a few samples at a time; each row of the window
+    is then a product with rows of these.
+    """
+    height, width, channels, count = kernel.shape
+    dtype = jnp.promote_types(jnp.promote_types(x.dtype, back.dtype), jnp.float32)
+    rows = back.shape[1]
+
+    def some(x: jax.Array, back: jax.Array) -> jax.Array:
+        columns, flat = _shifted(_padded(how, x), 2, width, how.dilation[1]), (-1, count)
+        found = [
+            lax.dot_general(
+                columns[:, t : t + rows].reshape(-1, width * channels), back.reshape(flat),
+                (((0,), (0,)), ((), ())), precision=how.precision, preferred_element_type=dtype,
+            )
+            for t in range(0, height * how.dilation[0], how.dilation[0])
+        ]  # fmt: skip
+        return jnp.stack(found)
+
+    one = jax.eval_shape(lambda x: _shifted(_padded(how, x), 2, width, how.dilation[1]), x[:1])
+    parts = min(len(x), -(-len(x) * one.size * one.dtype.itemsize // _CACHED))
+    size = -(-len(x) // parts)
+    if parts == 1:
+        found = some(x, back)
+    else:
+        operands = [
+            jnp.pad(a, ((0, parts * size - len(a)), *((0, 0),) * 3)).reshape(-1, size, *a.shape[1:])
+            for a in (x, back)
+        ]
+        zeros = jnp.zeros((height, width * channels, count), dtype)
+        found, _ = lax.scan(lambda sums, part: (sums + some(*part), None), zeros, tuple(operands))
+    return found.reshape(kernel.shape).astype(kernel.dtype)
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward)

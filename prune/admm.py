@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from nnslicer_jax.data import Dataset
 from prune import filters, lwm, stages
-from prune.masks import counts, largest
+from prune.masks import counts, largest, over
 from prune.objectives.network import require, statistics
 from prune.stages import DEFAULT, Pruned, Run, Stage, Whole
 
@@ -35,7 +35,7 @@ class Alternating(Whole):
 
     def penalty(self, trained: Any, fixed: Any, epoch: jax.Array) -> jax.Array | float:
         """`rho / 2 |W - Z + U|^2` over the weights to be pruned."""
-        apart = _over(lambda z, w, u: ((w - z + u) ** 2).sum(), fixed["z"], trained, fixed["u"])
+        apart = over(lambda z, w, u: ((w - z + u) ** 2).sum(), fixed["z"], trained, fixed["u"])
         return self.rho / 2 * sum(jax.tree.leaves(apart))
 
     def renewed(self, trained: Any, fixed: Any, epoch: jax.Array) -> tuple[Any, Any]:
@@ -54,7 +54,7 @@ def projected(params: Any, u: Any, numbers: Any) -> dict[str, Any]:
     Returns:
       "z", "u" and "counts".
     """
-    moved = _over(lambda u, w: w + u, u, params)
+    moved = over(lambda u, w: w + u, u, params)
     masks = largest(jax.tree.map(jnp.abs, moved), numbers)
     z = jax.tree.map(lambda mask, m: jnp.where(mask, m, 0), masks, moved)
     return {"z": z, "u": jax.tree.map(jnp.subtract, moved, z), "counts": numbers}
@@ -107,11 +107,3 @@ def prune(
     masks = largest(lwm.scores(params), fixed["counts"])
     found = filters.whole(network, {"params": params, **rest}, masks)
     return stages.fine_tune(network, dataset, finetune, found, run=run)
-
-
-def _over(function: Any, first: Any, *others: Any) -> Any:
-    """The function leaf by leaf, None where the first tree has None."""
-    return jax.tree.map(
-        lambda a, *rest: None if a is None else function(a, *rest),
-        first, *others, is_leaf=lambda a: a is None,
-    )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prune.masks import apply_masks
+from prune.masks import apply_masks, is_none, over
 from prune.objectives.network import Network
 from prune.removal import remove
 from prune.stages import Pruned
@@ -40,14 +40,11 @@ def whole(network: Network, variables: Any, masks: Any) -> Pruned:
         for mask, leaf in zip(_aligned(masks, params), jax.tree.leaves(params), strict=True)
         if mask is not None
     )
-    full = jax.tree.map(
-        lambda mask, leaf: None if mask is None else jnp.broadcast_to(mask, leaf.shape),
-        masks, params, is_leaf=_is_none,
-    )  # fmt: skip
+    full = over(lambda mask, leaf: jnp.broadcast_to(mask, leaf.shape), masks, params)
     if filtered:
         every = {name: jax.tree.map(lambda _: None, part) for name, part in variables.items()}
         left = remove(network.graph, variables, {**every, "params": full}).masks["params"]
-        full = jax.tree.map(_both, full, left, is_leaf=_is_none)
+        full = jax.tree.map(_both, full, left, is_leaf=is_none)
     return Pruned({**variables, "params": apply_masks(params, full)}, full)
 
 
@@ -71,7 +68,3 @@ def _both(mask: Any, left: Any) -> Any:
     if mask is None or left is None:
         return left if mask is None else mask
     return mask & left
-
-
-def _is_none(tree: Any) -> bool:
-    return tree is None

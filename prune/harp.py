@@ -31,7 +31,7 @@ _START = 0.1
 # The least share of a layer, of the target.
 _LEAST = 0.1
 # By how much gamma grows an epoch.
-_GAMMA = 0.01
+GAMMA = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def learn(
     scores: Any,
     keep: float | Fraction,
     *,
-    gamma: float = _GAMMA,
+    gamma: float = GAMMA,
     train_norms: bool = True,
     run: Run = DEFAULT,
 ) -> tuple[Pruned, Any]:
@@ -193,7 +193,7 @@ def prune(
     finetune: Stage,
     variables: Any = None,
     init: str = "scaled",
-    gamma: float = _GAMMA,
+    gamma: float = GAMMA,
     train_norms: bool = True,
     run: Run = DEFAULT,
 ) -> Pruned:

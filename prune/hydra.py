@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from nnslicer_jax.data import Dataset
 from prune import filters, stages
-from prune.masks import counts, largest, straight_through
+from prune.masks import counts, is_none, largest, straight_through
 from prune.objectives.network import Network, require, statistics
 from prune.stages import DEFAULT, Pruned, Run, Stage, Whole
 
@@ -111,12 +111,12 @@ def sizes(scores: Any) -> Any:
 
 def chosen(first: Any, second: Any) -> Any:
     """The first tree's leaves, the second's where the first has None."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=_is_none)
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=is_none)
 
 
 def weighted(factors: Any, params: Any) -> Any:
     """The parameters times factors; as they are where these are None."""
-    return jax.tree.map(lambda f, p: p if f is None else p * f, factors, params, is_leaf=_is_none)
+    return jax.tree.map(lambda f, p: p if f is None else p * f, factors, params, is_leaf=is_none)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,3 @@ def prune(
         train_norms=train_norms, run=run,
     )  # fmt: skip
     return stages.fine_tune(network, dataset, finetune, found, run=run)
-
-
-def _is_none(tree: Any) -> bool:
-    return tree is None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from nnslicer_jax.data import Dataset
 from prune import filters, stages
 from prune.hydra import init_scores
-from prune.masks import apply_masks, counts, largest
+from prune.masks import apply_masks, counts, largest, over
 from prune.objectives.network import statistics
 from prune.stages import DEFAULT, Pruned, Run, Stage, Whole
 
@@ -33,17 +33,12 @@ def scores(params: Any, *, unit: str = "weight") -> Any:
     Raises:
       ValueError: As `hydra.init_scores`.
     """
-    return jax.tree.map(
+    return over(
         lambda score, leaf: (
-            None
-            if score is None
-            else jnp.abs(leaf)
-            if score.shape == leaf.shape
-            else filters.magnitudes(leaf)
+            jnp.abs(leaf) if score.shape == leaf.shape else filters.magnitudes(leaf)
         ),
         jax.eval_shape(lambda p: init_scores(p, unit=unit), params),
         params,
-        is_leaf=lambda score: score is None,
     )
 
 
@@ -62,7 +57,7 @@ class Gradual(Whole):
         """The least of what is left goes."""
         trained = apply_masks(trained, fixed["masks"])
         numbers = jax.tree.map(lambda left: left[epoch], fixed["counts"])
-        masks = jax.tree.map(_still, fixed["masks"], trained, is_leaf=_is_none)
+        masks = over(_still, fixed["masks"], trained)
         masks = largest(masks, numbers)
         return apply_masks(trained, masks), {**fixed, "masks": masks}
 
@@ -141,10 +136,6 @@ def prune(
     return stages.fine_tune(network, dataset, finetune, found, run=run)
 
 
-def _still(mask: Any, leaf: jax.Array) -> Any:
+def _still(mask: jax.Array, leaf: jax.Array) -> jax.Array:
     """|w| of what is left, less than any of them elsewhere."""
-    return None if mask is None else jnp.where(mask, jnp.abs(leaf), -1)
-
-
-def _is_none(tree: Any) -> bool:
-    return tree is None
+    return jnp.where(mask, jnp.abs(leaf), -1)

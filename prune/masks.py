@@ -7,6 +7,7 @@ order of the leaves) being kept.
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -138,6 +139,19 @@ def _back(_: None, gradient: jax.Array) -> tuple[jax.Array, None]:
 _straight_through.defvjp(_forth, _back)
 
 
+def is_none(tree: Any) -> bool:
+    """Whether a tree is the None of a leaf that is never pruned: `is_leaf` of `jax.tree.map`."""
+    return tree is None
+
+
+def over(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """The function leaf by leaf, None where the first tree has None."""
+    return jax.tree.map(
+        lambda leaf, *rest: None if leaf is None else function(leaf, *rest),
+        first, *others, is_leaf=is_none,
+    )  # fmt: skip
+
+
 def apply_masks(params: Any, masks: Any) -> Any:
     """The parameters with 0 where the mask is False; leaves whose mask is None stay as they are.
 
@@ -151,7 +165,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
         check_mask(path, mask)
         return jnp.where(mask, leaf, 0)
 
-    return jax.tree_util.tree_map_with_path(one, masks, params, is_leaf=lambda mask: mask is None)
+    return jax.tree_util.tree_map_with_path(one, masks, params, is_leaf=is_none)
 
 
 def check_mask(path: Any, mask: Any) -> None:

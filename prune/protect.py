@@ -18,7 +18,7 @@ import numpy as np
 
 from nnslicer_jax import training
 from nnslicer_jax.data import Dataset
-from prune.masks import check_mask
+from prune.masks import check_mask, is_none
 
 TRAINS = ("all", "hidden")
 
@@ -37,7 +37,7 @@ def hide(params: Any, initial: Any, masks: Any) -> Any:
     Raises:
       ValueError: If the three do not have the same shapes, or masks are not bool.
     """
-    kinds = [jax.tree.structure(tree, is_leaf=_is_none) for tree in (params, initial, masks)]
+    kinds = [jax.tree.structure(tree, is_leaf=is_none) for tree in (params, initial, masks)]
     if kinds.count(kinds[0]) < 3:
         raise ValueError("params, initial and masks must be pytrees of the same structure")
 
@@ -53,7 +53,7 @@ def hide(params: Any, initial: Any, masks: Any) -> Any:
         check_mask(path, mask)
         return jnp.where(mask, first, leaf)
 
-    return jax.tree_util.tree_map_with_path(one, masks, params, initial, is_leaf=_is_none)
+    return jax.tree_util.tree_map_with_path(one, masks, params, initial, is_leaf=is_none)
 
 
 def samples(key: jax.Array, dataset: Dataset, budget: int) -> Dataset:
@@ -124,9 +124,5 @@ def retrain(
             return np.full(jnp.shape(leaf), every)
         return np.asarray(mask)
 
-    trainable = jax.tree.map(trained, masks["params"], exposed["params"], is_leaf=_is_none)
+    trainable = jax.tree.map(trained, masks["params"], exposed["params"], is_leaf=is_none)
     return training.train(model, dataset, options, variables=exposed, trainable=trainable, **how)
-
-
-def _is_none(tree: Any) -> bool:
-    return tree is None

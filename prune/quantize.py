@@ -19,6 +19,7 @@ import nnslicer_jax as nns
 from nnslicer_jax import batches
 from nnslicer_jax.graph import Graph
 from prune import criteria
+from prune.masks import is_none
 
 _MOST = 127
 _STEPS = 255
@@ -43,7 +44,7 @@ class Quantized(NamedTuple):
         """The parameters, float32, of what the quantized network computes with."""
         return jax.tree.map(
             lambda kept, steps, scale: kept if steps is None else steps.astype("float32") * scale,
-            self.kept, self.steps, self.scales, is_leaf=_is_none,
+            self.kept, self.steps, self.scales, is_leaf=is_none,
         )  # fmt: skip
 
     def edits(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
@@ -147,7 +148,3 @@ def ranges(
         for name, (low, high) in jax.device_get(extremes(params, batch)).items():
             made[name] = min(made[name][0], float(low)), max(made[name][1], float(high))
     return made
-
-
-def _is_none(tree: Any) -> bool:
-    return tree is None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from nnslicer_jax.data import Dataset
 from prune import hydra, stages
-from prune.masks import counts
+from prune.masks import counts, over
 from prune.objectives.network import require
 from prune.stages import DEFAULT, Pruned, Run, Stage
 
@@ -72,7 +72,7 @@ def prune(
         scores = hydra.init_scores(found.variables["params"], init=init, key=key)
         if found.masks is not None:
             # A score of 0 has no slope: what is pruned stays last.
-            scores = jax.tree.map(_kept, found.masks, scores, is_leaf=lambda m: m is None)
+            scores = over(lambda mask, score: jnp.where(mask, score, 0), found.masks, scores)
         one = run
         if run.folder is not None and rounds > 1:
             one = dataclasses.replace(run, folder=Path(run.folder) / f"round_{i}")
@@ -82,7 +82,3 @@ def prune(
         )  # fmt: skip
         found = stages.fine_tune(network, dataset, finetune, found, run=one)
     return found
-
-
-def _kept(mask: Any, score: Any) -> Any:
-    return None if mask is None else jnp.where(mask, score, 0)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from nnslicer_jax.data import Dataset
 from prune import filters, stages
 from prune.hydra import init_scores
-from prune.masks import counts, largest
+from prune.masks import counts, largest, over
 from prune.objectives import OBJECTIVES
 from prune.objectives.network import Network, Plan, require
 from prune.stages import DEFAULT, Pruned, Run, Stage
@@ -73,10 +73,9 @@ def scores(
             jax.random.fold_in(loss_key, i),
         )  # fmt: skip
         total = jax.tree.map(jnp.add, total, found)
-    return jax.tree.map(
-        lambda there, w, g: None if there is None else jnp.abs(w * g) / parts,
-        jax.eval_shape(init_scores, params), params, total, is_leaf=lambda leaf: leaf is None,
-    )  # fmt: skip
+    return over(
+        lambda _, w, g: jnp.abs(w * g) / parts, jax.eval_shape(init_scores, params), params, total
+    )
 
 
 def prune(

@@ -42,7 +42,7 @@ def test_rows_fit_the_schema(case, monkeypatch):
     made = [record.Row(study="bench_hydra", **row, **about) for row in rows]
     assert [row.metric for row in made] == [
         "step", "step with scores / step", "step under a mask / step", "step / natural step",
-        "noisy images",
+        "noisy images, threefry2x32", "noisy images, unsafe_rbg",
     ]  # fmt: skip
     assert all(row.ours > 0 for row in made)
     assert bench._target(1.1, 1.1, "times") == "target at most 1.1 times, met"
