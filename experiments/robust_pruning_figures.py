@@ -106,14 +106,16 @@ def weights(counts: Mapping[str, Sequence[int]], edges: np.ndarray, title: str, 
     """Draws how many weights of each size are kept, on a logarithmic axis.
 
     Args:
-      counts: Network to counts, one a bin.
+      counts: Network to counts, one a bin; the whole network first.
       edges: Ends of the bins.
       title: Above the drawing.
       path: The PNG file to write.
     """
     drawn = page.drawing(3.8)
     ax = drawn.subplots()
-    for (name, count), colour in zip(counts.items(), page.COLOURS, strict=False):
+    for i, (name, count) in enumerate(counts.items()):
+        # As in the other drawings, where the whole network is a grey line.
+        colour = page.COLOURS[(i - 1) % len(page.COLOURS)] if i else "#888888"
         ax.stairs(count, edges, label=name, color=colour, linewidth=1.5)
     ax.set_yscale("symlog", linthresh=1)
     ax.set(xlabel="weight", ylabel="weights", ylim=(0, None), title=title)
