@@ -1,5 +1,17 @@
 """Inputs on which a compressed model deviates from its original (DFlare)."""
 
 from difftest.pair import JaxModel, ModelError, ModelPair, jax_model
+from difftest.replay import confirm, replay
+from difftest.result import SearchResult
+from difftest.search import search
 
-__all__ = ["JaxModel", "ModelError", "ModelPair", "jax_model"]
+__all__ = [
+    "JaxModel",
+    "ModelError",
+    "ModelPair",
+    "SearchResult",
+    "confirm",
+    "jax_model",
+    "replay",
+    "search",
+]

@@ -2,14 +2,15 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nnslicer_jax.atomic import replacing
 
-STATUSES = ("found", "disagrees", "budget", "error")
+STATUSES = ("found", "disagrees", "budget", "error", "waiting")
 _ARRAYS = (
     "status",
     "queries",
@@ -29,7 +30,8 @@ class SearchResult:
 
     Attributes:
         status: ``[N]`` strings: "found"; "disagrees", the pair already disagreed on the seed,
-            which enters no average; "budget", queries or time were spent; "error".
+            which enters no average; "budget", queries or time were spent; "error"; "waiting", in
+            the checkpoint of a search that is not over.
         queries: int32 ``[N]``, images through both models; the trigger counts, the seed does not.
         seconds: float64 ``[N]``, the seed's share of the time of the batches it was in.
         triggers: uint8 ``[N, H, W, C]``; the seed itself where none was found.
@@ -40,6 +42,7 @@ class SearchResult:
         keeps_label: bool ``[N]``, whether the original model gives the trigger that label too.
         l2: float32 ``[N]``, distance of the trigger from its seed on the 0-1 scale.
         variant: the name of the search.
+        settings: what else it was asked for, with the data of its key; ``replay`` reads it.
     """
 
     status: np.ndarray
@@ -54,6 +57,7 @@ class SearchResult:
     keeps_label: np.ndarray
     l2: np.ndarray
     variant: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def success(self) -> np.ndarray:
@@ -63,16 +67,21 @@ class SearchResult:
     @property
     def searched(self) -> np.ndarray:
         """Bool ``[N]``: the seeds that the success rate is of, all but those that disagreed."""
-        return self.status != "disagrees"
+        return ~np.isin(self.status, ("disagrees", "waiting"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one ``.npz`` file, whole or not at all."""
         words = json.dumps(
-            {"chains": self.chains, "errors": self.errors, "variant": self.variant},
+            {
+                "chains": self.chains,
+                "errors": self.errors,
+                "variant": self.variant,
+                "settings": self.settings,
+            }
         )
         with replacing(path) as partial, partial.open("wb") as file:
             arrays = {name: getattr(self, name) for name in _ARRAYS}
-            np.savez_compressed(file, words=np.array(words), **arrays)
+            np.savez(file, words=np.array(words), **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SearchResult":
@@ -82,11 +91,12 @@ class SearchResult:
             ValueError: the file is missing, damaged or holds something else.
         """
         try:
-            with np.load(Path(path), allow_pickle=False) as file:
+            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in _ARRAYS}
                 words = json.loads(str(file["words"]))
             chains = [_tuples(chain) for chain in words["chains"]]
-            return cls(chains=chains, errors=words["errors"], variant=words["variant"], **arrays)
+            names = ("errors", "variant", "settings")
+            return cls(chains=chains, **{name: words[name] for name in names}, **arrays)
         except Exception as error:  # NumPy raises many types for a damaged file.
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: not a saved search result ({reason})") from None
@@ -96,11 +106,13 @@ def _tuples(value: object) -> tuple:
     return tuple(_tuples(item) if isinstance(item, list) else item for item in value)  # type: ignore[attr-defined]
 
 
-def empty(seeds: np.ndarray, classes: int, variant: str) -> SearchResult:
+def empty(
+    seeds: np.ndarray, classes: int, variant: str, settings: dict[str, Any] | None = None
+) -> SearchResult:
     """Rows to be filled in place: no seed searched yet, each its own trigger."""
     count = len(seeds)
     return SearchResult(
-        status=np.full(count, "budget", dtype="<U9"),
+        status=np.full(count, "waiting", dtype="<U9"),
         queries=np.zeros(count, np.int32),
         seconds=np.zeros(count),
         triggers=seeds.copy(),
@@ -112,13 +124,14 @@ def empty(seeds: np.ndarray, classes: int, variant: str) -> SearchResult:
         keeps_label=np.zeros(count, bool),
         l2=np.zeros(count, np.float32),
         variant=variant,
+        settings=settings or {},
     )
 
 
 def distance(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """L2 distances on the 0-1 scale, float32 ``[N]``, of uint8 images ``[N, H, W, C]``."""
-    apart = (images.astype(np.float64) - others).reshape(len(images), -1)
-    return (np.sqrt((apart**2).sum(axis=1)) / 255).astype(np.float32)
+    apart = images.astype(np.float64) - others
+    return (np.sqrt((apart**2).sum(axis=(1, 2, 3))) / 255).astype(np.float32)
 
 
 def finish(

@@ -1,0 +1,276 @@
+"""The search of pairs of JAX functions: mutation, both models and judgement in one device loop.
+
+Seeds are searched in slots, which step together; a finished seed's slot takes the next seed
+without leaving the loop. The loop ends every few hundred steps, so that the host can note what was
+accepted, see to the time and to the room of the stores, and save.
+"""
+
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from difftest import fitness, mutate
+from difftest.pair import JaxModel, ModelPair
+from difftest.result import SearchResult, finish
+from difftest.walk import Rules, Walk, begin, choose, judge, within
+
+_CAPACITY = 64
+_STEPS = 128
+_WAITING, _FOUND, _SPENT, _FAILED = range(4)
+
+
+class _Seeds(NamedTuple):
+    """What the slots are filled from, M seeds.
+
+    Attributes:
+        images: uint8 ``[M, H, W, C]``.
+        begun: queries spent on them before, int32 ``[M]``.
+        places: int32 ``[M]``, their numbers among all seeds.
+        original: ``[M, K]``, the models' answers to the seeds.
+        compressed: the same.
+    """
+
+    images: jax.Array
+    begun: jax.Array
+    places: jax.Array
+    original: jax.Array
+    compressed: jax.Array
+
+
+class _Rows(NamedTuple):
+    """What became of the seeds, one row each and one more that takes what belongs to none."""
+
+    status: jax.Array
+    queries: jax.Array
+    triggers: jax.Array
+    original: jax.Array
+    compressed: jax.Array
+
+
+class _Log(NamedTuple):
+    """What each slot did in each step of the present loop, ``[steps, slots]``."""
+
+    row: jax.Array
+    operator: jax.Array
+    query: jax.Array
+    accepted: jax.Array
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    following: jax.Array
+    row: jax.Array
+    walks: Walk
+    rows: _Rows
+    log: _Log
+
+
+def run(
+    pair: ModelPair,
+    seeds: np.ndarray,
+    key: jax.Array,
+    rules: Rules,
+    rows: SearchResult,
+    waiting: np.ndarray,
+    *,
+    max_queries: int,
+    timeout: float,
+    batch_size: int,
+    save: Any,
+) -> None:
+    """Searches the waiting seeds and fills their rows in: as ``lockstep.run``, same results."""
+    if not len(waiting):
+        return
+    assert isinstance(pair.original, JaxModel) and isinstance(pair.compressed, JaxModel)
+    models = (pair.original, pair.compressed)
+    params = tuple(model.params for model in models)
+    begun = rows.queries[waiting].copy()
+    source = _Seeds(
+        jnp.asarray(seeds[waiting]),
+        jnp.asarray(rows.queries[waiting]),
+        jnp.asarray(waiting, jnp.int32),
+        jnp.asarray(rows.outputs_original[waiting]),
+        jnp.asarray(rows.outputs_compressed[waiting]),
+    )
+    slots = min(batch_size, len(waiting))
+    state = _start(rules, key, source, slots)
+    accepted_by: list[list[tuple[str, int]]] = [[] for _ in waiting]
+    reported = np.zeros(len(waiting), bool)
+    while not reported.all():
+        started = time.perf_counter()
+        state = _steps(models, rules, max_queries, params, key, source, state)
+        steps = int(state.step)
+        log = _Log(*(leaf[:steps] for leaf in jax.device_get(state.log)))
+        took = time.perf_counter() - started
+        used = log.row < len(waiting)
+        if steps:
+            share = took / steps / np.maximum(used.sum(axis=1), 1)
+            times = np.repeat(share[:, None], log.row.shape[1], axis=1)
+            np.add.at(rows.seconds, waiting[log.row[used]], times[used])
+        for step, slot in zip(*np.nonzero(log.accepted & used), strict=True):
+            accepted_by[log.row[step, slot]].append(
+                (mutate.NAMES[log.operator[step, slot]], int(log.query[step, slot]))
+            )
+        slow = (np.asarray(state.row) < len(waiting)) & (
+            np.append(rows.seconds[waiting], 0)[np.asarray(state.row)] >= timeout
+        )
+        if slow.any():
+            state = _give_up(rules, key, source, state, jnp.asarray(slow))
+        status = np.asarray(state.rows.status)[:-1]
+        new = np.flatnonzero((status != _WAITING) & ~reported)
+        if len(new):
+            _report(rows, seeds, waiting, begun, state.rows, status, new, accepted_by)
+            reported[new] = True
+            save()
+        if int(state.walks.store.filled.max()) >= state.walks.store.vectors.shape[1]:
+            walks = state.walks._replace(store=fitness.grown(state.walks.store))
+            state = state._replace(walks=walks)
+
+
+def _report(
+    rows: SearchResult,
+    seeds: np.ndarray,
+    waiting: np.ndarray,
+    begun: np.ndarray,
+    done: _Rows,
+    status: np.ndarray,
+    new: np.ndarray,
+    accepted_by: list[list[tuple[str, int]]],
+) -> None:
+    """Copies the rows that were finished."""
+    places = waiting[new]
+    rows.queries[places] = begun[new] + np.asarray(done.queries)[new]
+    rows.status[places[status[new] == _SPENT]] = "budget"
+    found = new[status[new] == _FOUND]
+    outputs = (np.asarray(done.original)[found], np.asarray(done.compressed)[found])
+    finish(rows, seeds, waiting[found], np.asarray(done.triggers)[found], outputs)
+    for row in found:
+        rows.chains[waiting[row]] = tuple(accepted_by[row])
+    for place in waiting[new[status[new] == _FAILED]]:
+        rows.status[place] = "error"
+        rows.errors[place] = "a model gave NaN or infinity for an image"
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _start(rules: Rules, key: jax.Array, source: _Seeds, slots: int) -> _State:
+    number, *shape = source.images.shape
+    classes = source.original.shape[1]
+    rows = _Rows(
+        jnp.zeros(number + 1, jnp.int8),
+        jnp.zeros(number + 1, jnp.int32),
+        jnp.zeros((number + 1, *shape), jnp.uint8),
+        jnp.zeros((number + 1, classes)),
+        jnp.zeros((number + 1, classes)),
+    )
+    row = jnp.arange(slots, dtype=jnp.int32)
+    log = _Log(
+        jnp.zeros((_STEPS, slots), jnp.int32),
+        jnp.zeros((_STEPS, slots), jnp.int8),
+        jnp.zeros((_STEPS, slots), jnp.int32),
+        jnp.zeros((_STEPS, slots), bool),
+    )
+    walks = _fresh(rules, key, source, row, _CAPACITY)
+    return _State(jnp.int32(0), jnp.int32(slots), row, walks, rows, log)
+
+
+def _fresh(rules: Rules, key: jax.Array, source: _Seeds, row: jax.Array, capacity: int) -> Walk:
+    """Walks that begin; rows past the last seed repeat it and are never looked at."""
+    last = source.images.shape[0] - 1
+    images, _, places, original, compressed = (leaf[jnp.minimum(row, last)] for leaf in source)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+    start = jax.vmap(begin, (None, 0, 0, 0, 0, None))
+    return start(rules, keys, images, original, compressed, capacity)
+
+
+def _refill(rules: Rules, key: jax.Array, source: _Seeds, state: _State, over: jax.Array) -> _State:
+    """Gives the slots that are over to the next seeds."""
+    number = source.images.shape[0]
+    new = state.following + jnp.cumsum(over).astype(jnp.int32) - 1
+    row = jnp.where(over, jnp.minimum(new, number), state.row)
+    walks = _fresh(rules, key, source, row, state.walks.store.vectors.shape[1])
+
+    def chosen(fresh: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(over.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
+
+    return state._replace(
+        following=jnp.minimum(state.following + over.sum(dtype=jnp.int32), number),
+        row=row,
+        walks=jax.tree.map(chosen, walks, state.walks),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _give_up(
+    rules: Rules, key: jax.Array, source: _Seeds, state: _State, slow: jax.Array
+) -> _State:
+    number = source.images.shape[0]
+    into = jnp.where(slow, state.row, number)
+    rows = state.rows._replace(
+        status=state.rows.status.at[into].set(_SPENT),
+        queries=state.rows.queries.at[into].set(state.walks.queries),
+    )
+    return _refill(rules, key, source, state._replace(rows=rows), slow)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _steps(
+    models: tuple[JaxModel, JaxModel],
+    rules: Rules,
+    max_queries: int,
+    params: tuple[Any, Any],
+    key: jax.Array,
+    source: _Seeds,
+    state: _State,
+) -> _State:
+    """Up to so many steps; ends early if nothing is left or a store is full."""
+    number = source.images.shape[0]
+
+    def going(state: _State) -> jax.Array:
+        room = state.walks.store.vectors.shape[1]
+        return (
+            (state.step < _STEPS)
+            & jnp.any(state.row < number)
+            & jnp.all(state.walks.store.filled < room)
+        )
+
+    def step(state: _State) -> _State:
+        walks = state.walks
+        operators, keys = jax.vmap(choose, (None, 0))(rules, walks)
+        mutants = mutate.mutate_batch(rules.table, operators, keys, walks.image)
+        mutants = jax.vmap(within, (None, 0, 0))(rules.max_l2, walks.seed, mutants)
+        original, compressed = (
+            model.traced(own, mutants) for model, own in zip(models, params, strict=True)
+        )
+        judged, found, accepted = jax.vmap(judge, (None, 0, 0, 0, 0, 0))(
+            rules, walks, operators, mutants, original, compressed
+        )
+        finite = jnp.isfinite(original).all(axis=1) & jnp.isfinite(compressed).all(axis=1)
+        found &= finite
+        at_work = state.row < number
+        spent = source.begun[jnp.minimum(state.row, number - 1)] + judged.queries >= max_queries
+        over = at_work & (found | ~finite | spent)
+        status = jnp.where(found, _FOUND, jnp.where(finite, _SPENT, _FAILED)).astype(jnp.int8)
+        log = _Log(
+            state.log.row.at[state.step].set(state.row),
+            state.log.operator.at[state.step].set(operators.astype(jnp.int8)),
+            state.log.query.at[state.step].set(walks.queries),
+            state.log.accepted.at[state.step].set(accepted | found),
+        )
+        into = jnp.where(over, state.row, number)
+        news = (status, judged.queries, mutants, original, compressed)
+        after = state._replace(step=state.step + 1, walks=judged, log=log)
+
+        def finished(state: _State) -> _State:
+            rows = _Rows(
+                *(old.at[into].set(new) for old, new in zip(state.rows, news, strict=True))
+            )
+            return _refill(rules, key, source, state._replace(rows=rows), over)
+
+        return lax.cond(jnp.any(over), finished, lambda state: state, after)
+
+    return lax.while_loop(going, step, state._replace(step=jnp.int32(0)))

@@ -1,0 +1,238 @@
+"""The search: against the paper's algorithm step by step, on the device and on the host."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import difftest
+from difftest.result import distance
+from tests.naive import dflare
+from tests.pairs import KEY, as_black_box, linear_pair, seeds
+
+PAIR = linear_pair(apart=0.15)
+SEEDS = seeds(24)
+
+
+def _same(one, other):
+    assert one.status.tolist() == other.status.tolist()
+    assert one.queries.tolist() == other.queries.tolist()
+    assert (one.triggers == other.triggers).all()
+    assert one.chains == other.chains
+    assert one.errors == other.errors
+    np.testing.assert_allclose(one.outputs_original, other.outputs_original, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "variant, options",
+    [
+        ("paper", {}),
+        ("released", {}),
+        ("paper", {"novelty": False}),
+        ("released", {"selection": "uniform"}),
+    ],
+)
+def test_the_walk_is_algorithm_1(variant, options):
+    result = difftest.search(PAIR, SEEDS, KEY, variant=variant, max_queries=60, **options)
+    searched = np.flatnonzero(result.searched)
+    assert len(searched) > 10
+    for place in searched[:8]:
+        key = jax.random.fold_in(KEY, place)
+        queries, trigger = dflare.search(PAIR, SEEDS[place], key, variant, 60, **options)
+        assert result.success[place] == (trigger is not None)
+        assert result.queries[place] == queries
+        if trigger is not None:
+            assert (result.triggers[place] == trigger).all()
+
+
+@pytest.mark.parametrize(
+    "variant, limits",
+    [
+        ("paper", {"keep_label": True, "max_l2": 1.5}),
+        ("released", {}),
+        ("best", {}),
+        ("best", {"keep_label": True, "max_l2": 1.5}),
+    ],
+)
+def test_host_and_device_find_the_same(variant, limits):
+    options = {"variant": variant, "max_queries": 40, **limits}
+    device = difftest.search(PAIR, SEEDS, KEY, batch_size=5, **options)
+    host = difftest.search(as_black_box(PAIR), SEEDS, KEY, batch_size=7, **options)
+    _same(device, host)
+    assert device.success.sum() > 3
+    if limits:
+        assert device.keeps_label[device.success].all()
+        assert device.l2.max() <= 1.5
+        moved = distance(device.triggers, SEEDS)
+        np.testing.assert_allclose(device.l2[device.success], moved[device.success])
+
+
+@pytest.mark.parametrize("variant", ["paper", "released", "best"])
+def test_triggers_are_triggers_and_replay(variant, tmp_path):
+    result = difftest.search(PAIR, SEEDS, KEY, variant=variant, max_queries=500)
+    assert result.success[result.searched].mean() > 0.9
+    assert (difftest.confirm(PAIR, result) == result.success).all()
+    result.save(tmp_path / "result.npz")
+    loaded = difftest.SearchResult.load(tmp_path / "result.npz")
+    _same(loaded, result)
+    assert loaded.settings == json.loads(json.dumps(result.settings))
+    assert (difftest.replay(loaded, SEEDS) == result.triggers).all()
+
+
+def test_a_distance_budget_replays_too():
+    result = difftest.search(PAIR, SEEDS, KEY, variant="paper", max_l2=0.8, max_queries=100)
+    assert result.success.sum() > 3
+    assert (difftest.replay(result, SEEDS) == result.triggers).all()
+
+
+def test_seeds_that_already_disagree_are_reported_apart():
+    result = difftest.search(linear_pair(apart=0.8), SEEDS, KEY, max_queries=5)
+    original, compressed = linear_pair(apart=0.8).probabilities(SEEDS)
+    disagree = original.argmax(1) != compressed.argmax(1)
+    assert disagree.any()
+    assert ((result.status == "disagrees") == disagree).all()
+    assert (result.queries[disagree] == 0).all()
+    assert not result.success[disagree].any() and not result.searched[disagree].any()
+
+
+def test_best_needs_fewer_queries():
+    best, released = (
+        difftest.search(PAIR, SEEDS, KEY, variant=variant, max_queries=2000)
+        for variant in ("best", "released")
+    )
+    both = best.success & released.success
+    assert best.success[best.searched].all()
+    assert np.median(best.queries[both]) < np.median(released.queries[both])
+
+
+def test_best_without_another_class_walks():
+    original, compressed = PAIR.probabilities(SEEDS)
+    label = original.argmax(1)
+    same = (label == np.bincount(label).argmax()) & (compressed.argmax(1) == label)
+    result = difftest.search(PAIR, SEEDS[same], KEY, variant="best", max_queries=500)
+    assert result.success.any()
+    assert all(chain[0][0] != "line" for chain in result.chains if chain)
+    assert (difftest.replay(result, SEEDS[same]) == result.triggers).all()
+
+
+def test_equal_models_spend_their_budget():
+    pair = difftest.ModelPair(PAIR.original, PAIR.original)
+    for each in (pair, as_black_box(pair)):
+        for variant in ("paper", "best"):
+            result = difftest.search(each, SEEDS[:6], KEY, variant=variant, max_queries=30)
+            assert (result.status == "budget").all()
+            assert (result.queries == 30).all()
+            assert (result.triggers == SEEDS[:6]).all()
+
+
+def test_time_is_limited_too():
+    pair = difftest.ModelPair(PAIR.original, PAIR.original)
+    for each in (pair, as_black_box(pair)):
+        result = difftest.search(each, SEEDS[:6], KEY, max_queries=10**9, timeout=0.05)
+        assert (result.status == "budget").all()
+        assert (result.seconds >= 0.05).all()
+
+
+def test_no_seeds_at_all():
+    result = difftest.search(PAIR, SEEDS[:0], KEY)
+    assert len(result.status) == 0 and result.triggers.shape == (0, 8, 8, 1)
+
+
+def test_a_failure_costs_only_its_own_seed():
+    calls = []
+
+    def breaks(images):
+        calls.append(len(images))
+        if len(calls) > 3 and (images.reshape(len(images), -1).max(1) == 255).any():
+            raise RuntimeError("segment\nviolation")
+        return PAIR.compressed(images)
+
+    pair = difftest.ModelPair(PAIR.original, breaks)
+    result = difftest.search(pair, SEEDS, KEY, variant="released", max_queries=200)
+    failed = result.status == "error"
+    assert failed.any() and result.success.any()
+    errors = {result.errors[place] for place in np.flatnonzero(failed)}
+    assert errors == {"the compressed model failed: segment violation"}
+    assert all(result.errors[place] is None for place in np.flatnonzero(~failed))
+    assert set(result.status) <= {"found", "disagrees", "error", "budget"}
+
+
+def test_nan_on_the_device_is_that_seeds_error():
+    def apply(params, x):
+        logits = x.reshape(len(x), -1) @ params
+        return logits / (x.max(axis=(1, 2, 3)) < 0.999)[:, None]
+
+    model = difftest.jax_model(apply, PAIR.original.params["kernel"])
+    dark = (SEEDS * 0.9).astype(np.uint8)
+    pair = difftest.ModelPair(model, model)
+    result = difftest.search(pair, dark, KEY, max_queries=50)
+    assert (result.status == "error").any()
+    for place in np.flatnonzero(result.status == "error"):
+        assert "NaN" in result.errors[place]
+
+
+def test_a_search_that_was_ended_goes_on(tmp_path):
+    path = tmp_path / "search.npz"
+    options = {"variant": "released", "max_queries": 200, "batch_size": 4}
+    whole = difftest.search(as_black_box(PAIR), SEEDS, KEY, **options)
+    calls = []
+
+    def ends(images):
+        calls.append(len(images))
+        if len(calls) > 40:
+            raise KeyboardInterrupt
+        return PAIR.original(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        difftest.search(
+            difftest.ModelPair(ends, as_black_box(PAIR).compressed),
+            SEEDS,
+            KEY,
+            checkpoint=path,
+            **options,
+        )
+    part = difftest.SearchResult.load(path)
+    assert (part.status == "waiting").any() and (part.status == "found").any()
+    asked = []
+
+    def counted(images):
+        asked.append(len(images))
+        return PAIR.original(images)
+
+    pair = difftest.ModelPair(counted, as_black_box(PAIR).compressed)
+    resumed = difftest.search(pair, SEEDS, KEY, checkpoint=path, **options)
+    _same(resumed, whole)
+    assert sum(asked) < whole.queries.sum() + len(SEEDS)
+    with pytest.raises(ValueError, match="of another search: its max_queries is 200, here it is 9"):
+        difftest.search(pair, SEEDS, KEY, checkpoint=path, **{**options, "max_queries": 9})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a saved search result"):
+        difftest.search(pair, SEEDS, KEY, checkpoint=path, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"variant": "fast"}, "variant is 'fast'; accepted are paper, released, best"),
+        ({"selection": "greedy"}, "selection is 'greedy'"),
+        ({"max_queries": 0}, "max_queries is 0"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"max_l2": -1}, "max_l2 is -1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        difftest.search(PAIR, SEEDS, KEY, **options)
+
+
+@pytest.mark.parametrize("bad", [SEEDS[0], SEEDS / 255, [1, 2], SEEDS[:, :4]])
+def test_bad_seeds(bad):
+    with pytest.raises(ValueError, match="seeds are .*; accepted are uint8 images"):
+        difftest.search(PAIR, bad, KEY)
+
+
+def test_wrong_input_shape_is_the_models_error():
+    with pytest.raises(difftest.ModelError, match="the original model failed"):
+        difftest.search(PAIR, np.zeros((3, 9, 9, 1), np.uint8), KEY)
