@@ -1,0 +1,270 @@
+"""Models from files: what each runtime gives, and what a bad file is called."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import difftest
+from difftest import load
+from difftest.backends import pixels
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+PAIRS = SHARED / "dflare_pairs"
+RESNET = load.Normalise((125.307, 122.95, 113.865), (62.9932, 62.0887, 66.7048))
+KERNEL = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32)
+BIAS = np.array([0.1, -0.2, 0.3], np.float32)
+
+
+def pictures(number, shape=(2, 2, 3), seed=1):
+    return np.random.default_rng(seed).integers(0, 256, (number, *shape), dtype=np.uint8)
+
+
+def logits(images, divisor=255):
+    return (images.reshape(len(images), -1) / np.float32(divisor)) @ KERNEL.T + BIAS
+
+
+def softmax(x):
+    e = np.exp(x - x.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def mnist(number):
+    """Test images and labels."""
+    folder = SHARED / "mnist"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data/mnist")
+    images = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    return (
+        np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1)[:number],
+        np.frombuffer(labels, np.uint8, offset=8)[:number],
+    )
+
+
+def cifar10():
+    """The test images whose exact pixels are known, and their labels."""
+    path = SHARED / "cifar10" / "cifar10_exact_subset.npz"
+    if not path.is_file():
+        pytest.skip("needs ../shared/data/cifar10")
+    with np.load(path) as arrays:
+        return arrays["test_images"], arrays["test_labels"]
+
+
+def published(name):
+    path = PAIRS / name
+    if not path.is_file():
+        pytest.skip("needs ../shared/data/dflare_pairs")
+    return path
+
+
+# Files of every kind ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, content, kind, message",
+    [
+        ("gone.tflite", None, FileNotFoundError, r"gone\.tflite: no such file"),
+        ("model.pt", b"x", ValueError, r"the suffix is '\.pt'; accepted are \.tflite, \.lite"),
+        ("model", b"x", ValueError, r"the suffix is ''; accepted .* a name of the zoo \(digits"),
+        ("empty.lite", b"", ValueError, r"empty\.lite: an empty file"),
+        ("alone.safetensors", b"x", FileNotFoundError, r"alone\.json: .* need their card beside"),
+    ],
+)
+def test_bad_files_have_one_line(tmp_path, name, content, kind, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(kind, match=message) as error:
+        load.load_model(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(ModuleNotFoundError, match="reading it needs the package some-package, wh"):
+        pixels.optional("no_such_module.inner", "some-package", "reading it")
+
+
+def test_normalise_by_channel():
+    x = np.array([[[[1.0, 2.0]]]], np.float32)
+    np.testing.assert_array_equal(load.Normalise((1, 0), (2, 4))(x), [[[[0, 0.5]]]])
+    with pytest.raises(ValueError, match="std is 0; accepted are finite numbers, std above 0"):
+        load.Normalise(0, 0)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (
+            np.zeros((2, 2, 3), np.uint8),
+            r"images are uint8 of shape \(2, 2, 3\); accepted is uint8",
+        ),
+        (np.zeros((1, 2, 2, 3)), "images are float64 of shape"),
+    ],
+)
+def test_other_images_are_refused(images, message):
+    with pytest.raises(difftest.ModelError, match=message):
+        pixels.prepared(images, None)
+
+
+# This project's weights -------------------------------------------------------------------
+
+
+def test_a_network_of_the_zoo_by_name_and_by_file():
+    from nnslicer_jax import zoo
+
+    trained = zoo.load("digits_cnn")
+    images = pictures(5, (8, 8, 1))
+    expected = softmax(np.asarray(trained.model.apply(trained.variables, images / np.float32(255))))
+    for path in ("digits_cnn", zoo.SHIPPED / "digits_cnn.safetensors"):
+        model = load.load_model(path)
+        assert isinstance(model, difftest.JaxModel)
+        np.testing.assert_allclose(model(images), expected, atol=1e-5)
+
+
+# TensorFlow Lite --------------------------------------------------------------------------
+
+# Of the file format: a tensor's type by the numpy type's name.
+_TYPES = {"float32": 0, "uint8": 3, "int32": 2, "int8": 9}
+
+
+def write_tflite(path, into, out_of, weights, bias=None, layer="FullyConnected"):
+    """A file of one layer, a dense one unless told otherwise.
+
+    Tensors are (values or shape, type, scale, zero point), scale 0: not quantised.
+    """
+    flatbuffers = pytest.importorskip("flatbuffers")
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    model, graph = schema.ModelT(), schema.SubGraphT()
+    model.version = 3
+    model.buffers = [schema.BufferT()]
+    graph.tensors = []
+    tensors = [into, weights, *([] if bias is None else [bias]), out_of]
+    for number, (values, kind, scale, zero_point) in enumerate(tensors):
+        tensor = schema.TensorT()
+        tensor.name, tensor.type = f"tensor_{number}", _TYPES[kind]
+        if isinstance(values, tuple):
+            tensor.shape, tensor.buffer = list(values), 0
+        else:
+            tensor.shape, tensor.buffer = list(values.shape), len(model.buffers)
+            buffer = schema.BufferT()
+            buffer.data = np.frombuffer(values.astype(kind).tobytes(), np.uint8)
+            model.buffers.append(buffer)
+        if scale:
+            tensor.quantization = schema.QuantizationParametersT()
+            tensor.quantization.scale = [scale]
+            tensor.quantization.zeroPoint = [zero_point]
+        graph.tensors.append(tensor)
+    code = schema.OperatorCodeT()
+    opcodes = {"FullyConnected": schema.BuiltinOperator.FULLY_CONNECTED}
+    opcodes["Reshape"] = schema.BuiltinOperator.RESHAPE
+    code.builtinCode = code.deprecatedBuiltinCode = opcodes[layer]
+    code.version = 1 if into[1] != "int8" else 4
+    last = len(tensors) - 1
+    operator = schema.OperatorT()
+    operator.inputs, operator.outputs, operator.opcodeIndex = [*range(last)], [last], 0
+    operator.builtinOptionsType = getattr(schema.BuiltinOptions, f"{layer}Options")
+    operator.builtinOptions = getattr(schema, f"{layer}OptionsT")()
+    graph.operators, graph.inputs, graph.outputs = [operator], [0], [last]
+    model.operatorCodes, model.subgraphs = [code], [graph]
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(builder.Output())
+    return path
+
+
+def float_tflite(path):
+    return write_tflite(
+        path,
+        ((1, 2, 2, 3), "float32", 0, 0),
+        ((1, 3), "float32", 0, 0),
+        (KERNEL, "float32", 0, 0),
+        (BIAS, "float32", 0, 0),
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_tflite(tmp_path, number):
+    path = float_tflite(tmp_path / "dense.tflite")
+    images = pictures(number)
+    for workers in (1, 3):
+        model = load.load_model(path, outputs="logits", workers=workers)
+        out = model(images)
+        assert out.dtype == np.float32
+        np.testing.assert_allclose(out, softmax(logits(images)) if number else np.zeros((0, 3)),
+                                   atol=1e-5)  # fmt: skip
+
+
+def test_tflite_preprocesses(tmp_path):
+    model = load.load_model(float_tflite(tmp_path / "dense.lite"), lambda x: x / 100)
+    images = pictures(3)
+    np.testing.assert_allclose(model(images), logits(images, 100), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8"])
+def test_tflite_of_whole_numbers(tmp_path, kind):
+    # Scales that are powers of two: the arithmetic of the file is exact.
+    low = -128 if kind == "int8" else 0
+    whole = np.random.default_rng(3).integers(-3, 4, (3, 12))
+    weight_zero = 0 if kind == "int8" else 8
+    path = write_tflite(
+        tmp_path / "dense.tflite",
+        ((1, 2, 2, 3), kind, 1 / 8, low),
+        ((1, 3), kind, 1 / 2, low + 128),
+        (whole + weight_zero, kind, 1 / 4, weight_zero),
+        (np.array([8, -16, 0]), "int32", 1 / 32, 0),
+    )
+    images = pictures(6)
+    x = np.clip(np.round(images / np.float32(32)), 0, 255) / 8
+    exact = x.reshape(6, 12) @ (whole.T / 4) + np.array([8, -16, 0]) / 32
+    model = load.load_model(path, lambda x: np.round(x / 32) / 8)
+    # An output is off by at most half a step, and one step where the runtime rounds otherwise.
+    assert np.abs(model(images) - np.clip(exact, -64, 63.5)).max() <= 0.5
+    assert np.unique(model(images) * 2 % 1) == [0]
+
+
+def test_tflite_takes_pixels_as_they_are_without_a_scale(tmp_path):
+    path = write_tflite(
+        tmp_path / "reshape.tflite",
+        ((1, 2, 2, 3), "uint8", 0, 0),
+        ((1, 12), "uint8", 0, 0),
+        (np.array([1, 12]), "int32", 0, 0),
+        layer="Reshape",
+    )
+    images = pictures(5)
+    np.testing.assert_array_equal(load.load_model(path)(images), images.reshape(5, 12))
+    halved = load.load_model(path, lambda x: x / 2)(images)
+    np.testing.assert_array_equal(halved, np.round(images.reshape(5, 12) / 2))
+
+
+def test_tflite_of_another_size_is_one_line(tmp_path):
+    model = load.load_model(float_tflite(tmp_path / "dense.tflite"))
+    with pytest.raises(difftest.ModelError, match=r"takes \[1, 2, 2, 3\], the .* are \[1, 4, 2"):
+        model(pictures(1, (4, 2, 3)))
+    assert model(pictures(1)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"garbage" * 99])
+def test_damaged_tflite_is_one_line(tmp_path, spoil):
+    path = float_tflite(tmp_path / "dense.tflite")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"dense\.tflite: not a TensorFlow Lite model") as error:
+        load.load_model(path)
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_tflite_are_checked(tmp_path):
+    path = float_tflite(tmp_path / "dense.tflite")
+    with pytest.raises(ValueError, match="outputs is 'softmax'; accepted are logits, prob"):
+        load.load_model(path, outputs="softmax")
+    with pytest.raises(ValueError, match="workers is 0; accepted is 1 or more"):
+        load.load_model(path, workers=0)
+
+
+@pytest.mark.parametrize("name, expected", [("lenet1", 97.84), ("lenet5", 98.79)])
+def test_published_lenets_of_8_bits(name, expected):
+    pytest.importorskip("ai_edge_litert")
+    images, labels = mnist(10_000)
+    model = load.load_model(published(f"{name}-quan.lite"))
+    accuracy = 100 * (model(images).argmax(1) == labels).mean()
+    assert round(accuracy, 2) == expected
