@@ -1,0 +1,273 @@
+"""DiffChaser, the baseline: a genetic search for an input on which two models disagree.
+
+Xie et al., IJCAI 2019, as Tian et al., TOSEM 2023, section 2.5, describe it. A pool of mutants of
+the seed; in each generation pairs of it are crossed, mutated and asked about, and those near the
+decision boundary of either model are favoured, until one disagrees. The fitness, k-uncertainty, is
+the difference of a model's largest and k-th largest probability.
+
+From the papers: the pool, crossover of pairs, mutation by the operators that DFlare took over,
+k-uncertainty of either model, the limit of 180 seconds. The papers at hand state no sizes, so these
+are ours: a pool of 1,000, the published query counts (1,500 to 6,700) being a few such pools; a
+crossover ratio of 0.8; k = 2; tournaments of two; uniform crossover of positions, all channels of
+one from one parent; one mutation a child.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difftest import mutate
+from difftest.ask import ask
+from difftest.pair import ModelPair
+from difftest.result import SearchResult, empty, finish
+from difftest.search import check_seeds
+from difftest.walk import within
+
+_SEEDS_AT_A_TIME = 128
+
+
+def k_uncertainty(original: jax.Array, compressed: jax.Array, k: int) -> jax.Array:
+    """How sure the less sure model is: smaller is better.
+
+    Args:
+        original: probabilities ``[..., K]``.
+        compressed: the same.
+        k: 2..K.
+
+    Returns:
+        float32 ``[...]``: the smaller of the two models' differences between the largest and the
+        k-th largest probability.
+    """
+    both = jnp.sort(jnp.stack([original, compressed]), axis=-1)
+    return jnp.min(both[..., -1] - both[..., -k], axis=0)
+
+
+def tournament(key: jax.Array, scores: jax.Array, size: int, count: int) -> jax.Array:
+    """Winners, int32 ``[count]``: each has the lowest score of ``size`` drawn with repetition."""
+    drawn = jax.random.randint(key, (count, size), 0, scores.shape[0])
+    best = jnp.argmin(scores[drawn], axis=1)
+    return jnp.take_along_axis(drawn, best[:, None], axis=1)[:, 0]
+
+
+def crossover(key: jax.Array, mothers: jax.Array, fathers: jax.Array) -> jax.Array:
+    """Children, uint8 ``[B, H, W, C]``: each position comes from either parent, half and half."""
+    from_mother = jax.random.bernoulli(key, 0.5, (*mothers.shape[:3], 1))
+    return jnp.where(from_mother, mothers, fathers)
+
+
+def diffchase(
+    pair: ModelPair,
+    seeds: np.ndarray,
+    key: jax.Array,
+    *,
+    pool_size: int = 1000,
+    crossover_ratio: float = 0.8,
+    k: int = 2,
+    tournament_size: int = 2,
+    table: str = "released",
+    max_queries: int = 100_000,
+    timeout: float = 180.0,
+    keep_label: bool = False,
+    max_l2: float | None = None,
+) -> SearchResult:
+    """Searches, from each seed, an input that the two models label differently.
+
+    A query is one image through both models, counted in the order of the pool up to the first that
+    triggers; the seed's own is not counted. The models see a pool, or the children of a generation,
+    as one batch. The same key finds the same, so that a search is repeated by calling again.
+
+    Args:
+        pair: the models.
+        seeds: uint8 ``[N, H, W, C]``, height and width at least 8.
+        key: seed n draws with ``fold_in(key, n)``.
+        pool_size: inputs of a generation, at least 2.
+        crossover_ratio: share of the pool that is new in a generation, above 0 and at most 1; the
+            others are winners of the last, and cost no query.
+        k: of the fitness, 2 to the number of classes.
+        tournament_size: how many compete for a place.
+        table: of ``mutate.TABLES``.
+        max_queries: of one seed.
+        timeout: seconds of one seed, asked between generations.
+        keep_label: only inputs count that the original model gives the seed's label; others lose
+            every tournament with one of those.
+        max_l2: largest distance from the seed on the 0-1 scale; None: any.
+
+    Returns:
+        One row a seed. A chain holds one entry, the generation and the place of the trigger in it.
+
+    Raises:
+        ValueError: seeds or an option are not accepted.
+        ModelError: the models fail on every seed.
+    """
+    check_seeds(seeds)
+    _check(pool_size, crossover_ratio, k, tournament_size, table, max_queries, timeout, max_l2)
+    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    key = key if typed else jax.random.wrap_key_data(key)
+    settings = {
+        "pool_size": int(pool_size),
+        "crossover_ratio": float(crossover_ratio),
+        "k": int(k),
+        "tournament_size": int(tournament_size),
+        "table": table,
+        "max_queries": int(max_queries),
+        "timeout": float(timeout),
+        "keep_label": bool(keep_label),
+        "max_l2": None if max_l2 is None else float(max_l2),
+        "drawn_with": np.asarray(jax.random.key_data(key)).tolist(),
+    }
+    rows = _labelled(pair, seeds, settings)
+    if k > rows.outputs_original.shape[1] and len(seeds):
+        raise ValueError(f"k is {k}; accepted are 2 to {rows.outputs_original.shape[1]}, classes")
+    for place in np.flatnonzero(rows.status == "waiting").tolist():
+        _chase(pair, seeds, jax.random.fold_in(key, place), rows, place)
+    return rows
+
+
+def _chase(
+    pair: ModelPair, seeds: np.ndarray, key: jax.Array, rows: SearchResult, place: int
+) -> None:
+    """Searches from one seed and fills its row in."""
+    given = rows.settings
+    max_queries, timeout = given["max_queries"], given["timeout"]
+    table, max_l2, size = given["table"], given["max_l2"], given["pool_size"]
+    classes = rows.outputs_original.shape[1]
+    seed, label = seeds[place], rows.seed_labels[place]
+    number = max(1, round(given["crossover_ratio"] * size))
+    started = time.perf_counter()
+    images = np.asarray(_first(table, size, max_l2, key, seed))
+    pool, scores = images[:0], np.zeros(0, np.float32)
+    generation = 0
+    while True:
+        asked = images[: max_queries - rows.queries[place]]
+        original, compressed, errors = ask(pair, asked, classes)
+        labels = original.argmax(axis=1)
+        allowed = (labels == label) | (not given["keep_label"])
+        failed = np.array([error is not None for error in errors])
+        triggers = allowed & ~failed & (labels != compressed.argmax(axis=1))
+        over = np.flatnonzero(triggers | failed)
+        if len(over):
+            first = int(over[0])
+            rows.queries[place] += first + 1
+            if failed[first]:
+                rows.status[place], rows.errors[place] = "error", errors[first]
+            else:
+                rows.chains[place] = (("generation", generation, first),)
+                some = slice(first, first + 1)
+                outputs = original[some], compressed[some]
+                finish(rows, seeds, np.array([place]), images[some], outputs)
+            break
+        rows.queries[place] += len(asked)
+        spent = time.perf_counter() - started >= timeout
+        if spent or rows.queries[place] >= max_queries:
+            rows.status[place] = "budget"
+            break
+        uncertain = np.asarray(
+            k_uncertainty(jnp.asarray(original), jnp.asarray(compressed), given["k"])
+        )
+        # A disallowed input loses every tournament with an allowed one.
+        score = np.where(allowed, uncertain, np.float32(np.inf))
+        pool, scores = np.concatenate([pool, images]), np.concatenate([scores, score])
+        generation += 1
+        step = jax.random.fold_in(key, generation)
+        kept, children = _next(
+            table, number, given["tournament_size"], max_l2, step, seed, pool, scores, size - number
+        )
+        pool, scores, images = pool[kept], scores[kept], np.asarray(children)
+    rows.seconds[place] = time.perf_counter() - started
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _first(
+    table: str, size: int, max_l2: float | None, key: jax.Array, seed: jax.Array
+) -> jax.Array:
+    """The first pool: mutants of the seed."""
+    return _mutants(table, max_l2, key, seed, jnp.broadcast_to(seed, (size, *seed.shape)))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 8))
+def _next(
+    table: str,
+    number: int,
+    tournament_size: int,
+    max_l2: float | None,
+    key: jax.Array,
+    seed: jax.Array,
+    pool: jax.Array,
+    scores: jax.Array,
+    kept: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Places of the inputs that stay, int32 ``[kept]``, and the children ``[number, H, W, C]``."""
+    key_kept, key_mothers, key_fathers, key_cross, key_mutate = jax.random.split(key, 5)
+    mothers = tournament(key_mothers, scores, tournament_size, number)
+    fathers = tournament(key_fathers, scores, tournament_size, number)
+    children = crossover(key_cross, pool[mothers], pool[fathers])
+    staying = tournament(key_kept, scores, tournament_size, kept)
+    return staying, _mutants(table, max_l2, key_mutate, seed, children)
+
+
+def _mutants(
+    table: str, max_l2: float | None, key: jax.Array, seed: jax.Array, images: jax.Array
+) -> jax.Array:
+    """Each image through one operator drawn uniformly, uint8 ``[B, H, W, C]``."""
+    key_operators, key_each = jax.random.split(key)
+    count = images.shape[0]
+    operators = jax.random.randint(key_operators, (count,), 0, len(mutate.NAMES))
+    mutants = mutate.mutate_batch(table, operators, jax.random.split(key_each, count), images)
+    return jax.vmap(partial(within, max_l2, seed))(mutants)
+
+
+def _labelled(pair: ModelPair, seeds: np.ndarray, settings: dict[str, Any]) -> SearchResult:
+    """Rows with the models' answers to the seeds themselves."""
+    originals, others, errors = [], [], []
+    classes = None
+    for start in range(0, len(seeds), _SEEDS_AT_A_TIME):
+        original, compressed, failures = ask(pair, seeds[start : start + _SEEDS_AT_A_TIME], classes)
+        classes = original.shape[1]
+        originals.append(original)
+        others.append(compressed)
+        errors += failures
+    rows = empty(seeds, classes or 0, "diffchaser", settings)
+    if not originals:
+        return rows
+    rows.outputs_original[:], rows.outputs_compressed[:] = map(np.concatenate, (originals, others))
+    rows.errors[:] = errors
+    failed = np.array([error is not None for error in errors])
+    labels = rows.outputs_original.argmax(axis=1)
+    rows.seed_labels[:] = np.where(failed, -1, labels)
+    rows.status[~failed & (labels != rows.outputs_compressed.argmax(axis=1))] = "disagrees"
+    rows.status[failed] = "error"
+    rows.keeps_label[:] = ~failed
+    return rows
+
+
+def _check(
+    pool_size: int,
+    crossover_ratio: float,
+    k: int,
+    tournament_size: int,
+    table: str,
+    max_queries: int,
+    timeout: float,
+    max_l2: float | None,
+) -> None:
+    numbers = (
+        ("pool_size", pool_size, 2),
+        ("k", k, 2),
+        ("tournament_size", tournament_size, 1),
+        ("max_queries", max_queries, 1),
+    )
+    for name, value, least in numbers:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} is {value!r}; accepted are whole numbers from {least}")
+    if not 0 < crossover_ratio <= 1:
+        raise ValueError(f"crossover_ratio is {crossover_ratio!r}; accepted are 0 (excluded) to 1")
+    if table not in mutate.TABLES:
+        raise ValueError(f"table is {table!r}; accepted are {', '.join(mutate.TABLES)}")
+    if not timeout > 0:
+        raise ValueError(f"timeout is {timeout!r}; accepted are seconds above 0")
+    if max_l2 is not None and not max_l2 > 0:
+        raise ValueError(f"max_l2 is {max_l2!r}; accepted are distances above 0, or None")

@@ -1,0 +1,209 @@
+"""DiffChaser: its fitness, crossover and selection, how it counts queries, and how it ends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import difftest
+from difftest import ModelPair
+from difftest.diffchaser import crossover, diffchase, k_uncertainty, tournament
+from difftest.result import distance
+from tests.pairs import KEY, linear_pair, seeds
+
+PAIR = linear_pair(apart=0.15)
+SEEDS = seeds(8)
+SMALL = {"pool_size": 20, "max_queries": 200}
+
+
+def test_k_uncertainty_by_hand():
+    original = jnp.array([[0.5, 0.3, 0.2, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    compressed = jnp.array([[0.1, 0.6, 0.05, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    found = {k: k_uncertainty(original, compressed, k) for k in (2, 3, 4)}
+    # First row: 0.5 - 0.3 against 0.6 - 0.25, 0.5 - 0.2 against 0.6 - 0.1, 0.5 against 0.55.
+    np.testing.assert_allclose(found[2], [0.2, 0], atol=1e-6)
+    np.testing.assert_allclose(found[3], [0.3, 0], atol=1e-6)
+    np.testing.assert_allclose(found[4], [0.5, 0], atol=1e-6)
+
+
+def test_a_tournament_is_won_by_the_lowest_score():
+    scores = jnp.array([3.0, 1.0, 2.0, 0.0])
+    # With many competitors everyone meets the best; with one nobody is preferred.
+    assert (tournament(KEY, scores, 100, 50) == 3).all()
+    fair = np.bincount(np.asarray(tournament(KEY, scores, 1, 4000)), minlength=4) / 4000
+    np.testing.assert_allclose(fair, 0.25, atol=0.04)
+    # Of two the j-th best of n wins with the chance (2 (n - j) + 1) / n^2.
+    pairs = np.bincount(np.asarray(tournament(KEY, scores, 2, 4000)), minlength=4) / 4000
+    np.testing.assert_allclose(pairs, [1 / 16, 5 / 16, 3 / 16, 7 / 16], atol=0.04)
+
+
+def test_crossover_takes_positions_whole_from_either_parent():
+    rng = np.random.default_rng(0)
+    mothers, fathers = rng.integers(0, 256, (2, 50, 8, 8, 3)).astype(np.uint8)
+    children = np.asarray(crossover(KEY, mothers, fathers))
+    of_mother, of_father = (children == one for one in (mothers, fathers))
+    assert (of_mother.all(-1) | of_father.all(-1)).all()
+    assert 0.45 < of_mother.all(-1).mean() < 0.55
+    assert (np.asarray(crossover(KEY, mothers, mothers)) == mothers).all()
+
+
+class Scripted:
+    """A pair that agrees but on the images whose number, in order of asking, is given.
+
+    The number of the first image asked in a search is 0, that of the seed.
+    """
+
+    def __init__(self, triggers=()):
+        self.triggers, self.asked, self.batches = triggers, 0, []
+
+    def pair(self):
+        return ModelPair(self.original, self.compressed)
+
+    def original(self, images):
+        return np.tile(np.float32([0.8, 0.2]), (len(images), 1))
+
+    def compressed(self, images):
+        numbers = self.asked + np.arange(len(images))
+        self.asked += len(images)
+        self.batches.append(len(images))
+        out = self.original(images)
+        out[np.isin(numbers, self.triggers)] = [0.2, 0.8]
+        return out
+
+
+@pytest.mark.parametrize(
+    ("at", "batches"),
+    [(1, [1, 20]), (20, [1, 20]), (21, [1, 20, 16]), (36, [1, 20, 16]), (60, [1, 20, 16, 16, 16])],
+)
+def test_queries_count_up_to_the_trigger(at, batches):
+    # The seed is number 0, so the number of an image is that of its query.
+    scripted = Scripted(triggers=(at, at + 1))
+    result = diffchase(scripted.pair(), SEEDS[:1], KEY, pool_size=20)
+    assert result.status.tolist() == ["found"]
+    assert result.queries.tolist() == [at]
+    assert scripted.batches == batches
+    start = sum(batches[:-1])
+    assert result.chains == [(("generation", len(batches) - 2, at - start),)]
+    assert result.outputs_original.argmax() == 0 and result.outputs_compressed.argmax() == 1
+
+
+@pytest.mark.parametrize("limit", [7, 20, 30, 36])
+def test_no_more_than_max_queries_are_asked(limit):
+    scripted = Scripted()
+    result = diffchase(scripted.pair(), SEEDS[:1], KEY, pool_size=20, max_queries=limit)
+    assert result.status.tolist() == ["budget"]
+    assert result.queries.tolist() == [limit] and scripted.asked == 1 + limit
+    assert (result.triggers == SEEDS[:1]).all() and result.chains == [()]
+
+
+def test_time_ends_a_search_between_generations():
+    scripted = Scripted()
+    result = diffchase(scripted.pair(), SEEDS[:1], KEY, pool_size=20, timeout=1e-9)
+    assert result.status.tolist() == ["budget"] and result.queries.tolist() == [20]
+    assert result.seconds[0] > 0
+
+
+def test_an_image_that_breaks_a_model_ends_its_seed_alone():
+    broken = SEEDS[1]
+
+    def fragile(images):
+        if any((image == broken).all() for image in images):
+            raise RuntimeError("too  dark\nfor me")
+        return PAIR.original(images)
+
+    pair = ModelPair(fragile, PAIR.compressed)
+    result = diffchase(pair, SEEDS[:3], KEY, **SMALL)
+    assert result.status[1] == "error"
+    assert result.errors == [None, "the original model failed: too dark for me", None]
+    assert result.seed_labels[1] == -1 and result.queries[1] == 0
+    whole = diffchase(PAIR, SEEDS[:3], KEY, **SMALL)
+    assert result.queries[[0, 2]].tolist() == whole.queries[[0, 2]].tolist()
+
+
+@pytest.mark.parametrize("status", ["error", "found"])
+def test_of_nan_and_trigger_the_first_counts(status):
+    asked = []
+
+    def original(images):
+        asked.append(images)
+        return np.tile(np.float32([0.9, 0.1]), (len(images), 1))
+
+    diffchase(ModelPair(original, original), SEEDS[:1], KEY, pool_size=20, max_queries=20)
+    pool = asked[-1]
+    different = [row for row in range(20) if (pool == pool[row]).all((1, 2, 3)).sum() == 1]
+    one, two = different[:2]
+    trigger, nan = (two, one) if status == "error" else (one, two)
+
+    def compressed(images):
+        out = np.tile(np.float32([0.9, 0.1]), (len(images), 1))
+        out[(images == pool[trigger]).all((1, 2, 3))] = [0.1, 0.9]
+        out[(images == pool[nan]).all((1, 2, 3))] = np.nan
+        return out
+
+    result = diffchase(ModelPair(original, compressed), SEEDS[:1], KEY, pool_size=20)
+    assert result.status.tolist() == [status]
+    assert result.queries.tolist() == [one + 1]
+    if status == "error":
+        assert "NaN" in result.errors[0]
+
+
+def test_triggers_trigger_and_are_repeated():
+    result = diffchase(PAIR, SEEDS, KEY, **SMALL)
+    assert result.success.sum() >= 4
+    original, compressed = PAIR.probabilities(result.triggers)
+    differ = original.argmax(1) != compressed.argmax(1)
+    assert (differ == (result.success | (result.status == "disagrees"))).all()
+    np.testing.assert_allclose(result.outputs_compressed, compressed, atol=1e-6)
+    np.testing.assert_allclose(result.l2, distance(result.triggers, SEEDS))
+    again = diffchase(PAIR, SEEDS, KEY, **SMALL)
+    assert (again.triggers == result.triggers).all()
+    assert again.queries.tolist() == result.queries.tolist()
+    # What is found for a seed depends on no other.
+    few = diffchase(PAIR, SEEDS[:3], KEY, **SMALL)
+    assert (few.triggers == result.triggers[:3]).all()
+    assert result.variant == "diffchaser"
+
+
+def test_it_stays_within_its_limits(tmp_path):
+    result = diffchase(PAIR, SEEDS, KEY, keep_label=True, max_l2=1.0, **SMALL)
+    assert result.success.any()
+    assert result.keeps_label[result.success].all()
+    assert result.l2.max() <= 1
+    result.save(tmp_path / "chase.npz")
+    loaded = difftest.SearchResult.load(tmp_path / "chase.npz")
+    assert loaded.chains == result.chains and loaded.settings == result.settings
+
+
+def test_a_seed_that_already_disagrees_is_set_apart():
+    scripted = Scripted(triggers=(0,))
+    result = diffchase(scripted.pair(), SEEDS[:1], KEY, **SMALL)
+    assert result.status.tolist() == ["disagrees"] and result.queries.tolist() == [0]
+    assert scripted.asked == 1
+
+
+def test_no_seeds_give_no_rows():
+    assert len(diffchase(PAIR, SEEDS[:0], KEY).status) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pool_size": 1}, "pool_size is 1; accepted are whole numbers from 2"),
+        ({"k": 5}, "k is 5; accepted are 2 to 4"),
+        ({"k": 1}, "k is 1; accepted are whole numbers from 2"),
+        ({"crossover_ratio": 0}, "crossover_ratio is 0"),
+        ({"tournament_size": 0}, "tournament_size is 0"),
+        ({"table": "other"}, "table is 'other'; accepted are released, clean"),
+        ({"max_queries": 0}, "max_queries is 0"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"max_l2": 0}, "max_l2 is 0"),
+    ],
+)
+def test_bad_options_are_told(options, words):
+    with pytest.raises(ValueError, match=words):
+        diffchase(PAIR, SEEDS, jax.random.key(0), **options)
+
+
+def test_bad_seeds_are_told():
+    with pytest.raises(ValueError, match="seeds are float32"):
+        diffchase(PAIR, SEEDS.astype(np.float32), KEY)
