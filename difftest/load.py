@@ -65,6 +65,10 @@ def load_model(
         from difftest.backends.tflite import TFLite
 
         return TFLite(path, preprocess, workers=workers, **given)
+    if suffix in (".h5", ".keras"):
+        from difftest.backends import keras
+
+        return keras.load(path, preprocess, **given)
     raise ValueError(f"{path}: {suffix} is not read yet")
 
 

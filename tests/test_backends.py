@@ -1,12 +1,15 @@
 """Models from files: what each runtime gives, and what a bad file is called."""
 
 import gzip
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import difftest
+import nnslicer_jax as nns
 from difftest import load
 from difftest.backends import pixels
 
@@ -268,3 +271,125 @@ def test_published_lenets_of_8_bits(name, expected):
     model = load.load_model(published(f"{name}-quan.lite"))
     accuracy = 100 * (model(images).argmax(1) == labels).mean()
     assert round(accuracy, 2) == expected
+
+
+# Keras ------------------------------------------------------------------------------------
+
+
+# Keras copies its variables in a way that numpy is giving up.
+KERAS_SAVES = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture
+def keras(monkeypatch, tmp_path):
+    """Keras on JAX, with its settings in a folder of its own."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    module = pytest.importorskip("keras")
+    if module.backend.backend() != "jax":
+        pytest.skip(f"Keras runs on {module.backend.backend()} here")
+    return module
+
+
+def dense_in_keras(keras, *layers):
+    model = keras.Sequential([keras.layers.Input((2, 2, 3)), *layers, keras.layers.Flatten(),
+                              keras.layers.Dense(3, name="last")])  # fmt: skip
+    model.get_layer("last").set_weights([KERNEL.T, BIAS])
+    return model
+
+
+@pytest.mark.parametrize("suffix", ["h5", "keras"])
+@KERAS_SAVES
+def test_keras(keras, tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    # A layer of averages and one of random numbers: neither changes anything at inference.
+    with jax.numpy_rank_promotion("allow"):
+        model = dense_in_keras(
+            keras, keras.layers.BatchNormalization(epsilon=1e-9), keras.layers.Dropout(0.5)
+        )
+        model.save(path)
+    loaded = load.load_model(path, outputs="logits")
+    assert isinstance(loaded, difftest.JaxModel)
+    images = pictures(5)
+    np.testing.assert_allclose(loaded(images), softmax(logits(images)), atol=1e-5)
+    np.testing.assert_allclose(
+        loaded.apply(loaded.params, images / np.float32(255)), logits(images), atol=1e-5
+    )
+    assert {name.split("/")[-1] for name in loaded.params["state"]} == {
+        "moving_mean", "moving_variance"
+    }  # fmt: skip
+    doubled = {**loaded.params, "params": jax.tree.map(lambda p: 2 * p, loaded.params["params"])}
+    assert not np.allclose(loaded.apply(doubled, images / np.float32(255)), logits(images))
+
+
+def test_keras_is_traced_and_searched_on_the_device(keras):
+    from difftest.backends import keras as backend
+
+    model = backend.of_model(dense_in_keras(keras), outputs="logits")
+    pair = difftest.ModelPair(model, model)
+    assert pair.on_device
+    images = pictures(2)
+    graph = nns.trace(model.apply, model.params, images / np.float32(255))
+    np.testing.assert_allclose(
+        nns.evaluate(graph, model.params, images / np.float32(255))[0], logits(images), atol=1e-5
+    )
+
+
+def test_keras_variables_of_one_name_stay_apart(keras):
+    from difftest.backends.keras import _names
+
+    class Variable:
+        path = "dense/kernel"
+
+    assert _names([Variable(), Variable()]) == ["dense/kernel", "dense/kernel_1"]
+
+
+@pytest.mark.parametrize("suffix", ["h5", "keras"])
+def test_damaged_keras_is_one_line(keras, tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(b"garbage" * 99)
+    with pytest.raises(ValueError, match=rf"model\.{suffix}: not a Keras model that lo") as error:
+        load.load_model(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["h5", "keras"])
+@KERAS_SAVES
+def test_code_in_a_keras_file_is_not_run(keras, tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    dense_in_keras(keras, keras.layers.Lambda(lambda x: x * 2)).save(path)
+    with pytest.raises(ValueError, match="not a Keras model that loads .*ambda"):
+        load.load_model(path)
+
+
+def test_keras_on_another_backend_is_one_line(monkeypatch, tmp_path):
+    from difftest.backends import keras as backend
+
+    class Other:
+        class backend:
+            @staticmethod
+            def backend():
+                return "torch"
+
+    monkeypatch.setitem(sys.modules, "keras", Other)
+    (tmp_path / "model.h5").write_bytes(b"x")
+    with pytest.raises(RuntimeError, match="runs on torch here; accepted is jax: set KERAS_BACK"):
+        backend.load(tmp_path / "model.h5")
+
+
+@pytest.mark.parametrize("name, expected", [("lenet1", 97.88), ("lenet5", 98.81)])
+def test_published_lenets(keras, name, expected):
+    images, labels = mnist(10_000)
+    model = load.load_model(published(f"{name}.h5"))
+    found = np.concatenate([model(part).argmax(1) for part in np.split(images, 10)])
+    assert round(100 * (found == labels).mean(), 2) == expected
+
+
+def test_published_resnets(keras):
+    pytest.importorskip("ai_edge_litert")
+    images, labels = (part[:200] for part in cifar10())
+    original = load.load_model(published("resnet.h5"), RESNET)
+    compressed = load.load_model(published("resnet-quan.lite"), RESNET)
+    pair = difftest.ModelPair(original, compressed)
+    right = [(out.argmax(1) == labels).mean() for out in pair.probabilities(images)]
+    assert min(right) > 0.88 and not pair.on_device
