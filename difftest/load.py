@@ -69,7 +69,9 @@ def load_model(
         from difftest.backends import keras
 
         return keras.load(path, preprocess, **given)
-    raise ValueError(f"{path}: {suffix} is not read yet")
+    from difftest.backends.onnx import ONNX
+
+    return ONNX(path, preprocess, workers=workers, **given)
 
 
 def _of_the_zoo(

@@ -393,3 +393,71 @@ def test_published_resnets(keras):
     pair = difftest.ModelPair(original, compressed)
     right = [(out.argmax(1) == labels).mean() for out in pair.probabilities(images)]
     assert min(right) > 0.88 and not pair.on_device
+
+
+# ONNX -------------------------------------------------------------------------------------
+
+
+def write_onnx(path, kind="FLOAT", batch="B", shape=(2, 2, 3)):
+    """A file of one dense layer; whole numbers are first divided by 255."""
+    onnx = pytest.importorskip("onnx")
+    make, types = onnx.helper, onnx.TensorProto
+    divisor = np.float32(1 if kind == "FLOAT" else 255)
+    nodes = [
+        make.make_node("Cast", ["x"], ["float"], to=types.FLOAT),
+        make.make_node("Div", ["float", "divisor"], ["scaled"]),
+        make.make_node("Flatten", ["scaled"], ["flat"]),
+        make.make_node("Gemm", ["flat", "kernel", "bias"], ["y"], transB=1),
+    ]
+    values = {"divisor": divisor, "kernel": KERNEL, "bias": BIAS}
+    graph = make.make_graph(
+        nodes,
+        "dense",
+        [make.make_tensor_value_info("x", getattr(types, kind), [batch, *shape])],
+        [make.make_tensor_value_info("y", types.FLOAT, [batch, 3])],
+        [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in values.items()],
+    )
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def onnxruntime():
+    return pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "UINT8"])
+@pytest.mark.parametrize("batch", ["B", 1, 4])
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_onnx(onnxruntime, tmp_path, kind, batch, number):
+    path = write_onnx(tmp_path / "dense.onnx", kind, batch)
+    images = pictures(number)
+    model = load.load_model(path, outputs="logits", workers=1)
+    out = model(images)
+    assert out.dtype == np.float32 and out.shape == (number, 3)
+    if number:
+        np.testing.assert_allclose(out, softmax(logits(images)), atol=1e-5)
+
+
+def test_onnx_with_channels_first(onnxruntime, tmp_path):
+    path = write_onnx(tmp_path / "dense.onnx", shape=(3, 2, 2))
+    model = load.load_model(path, lambda x: x.transpose(0, 3, 1, 2) / 255, outputs="logits")
+    images = pictures(3)
+    expected = softmax(logits(images.transpose(0, 3, 1, 2)))
+    np.testing.assert_allclose(model(images), expected, atol=1e-5)
+
+
+def test_onnx_of_another_size_is_one_line(onnxruntime, tmp_path):
+    model = load.load_model(write_onnx(tmp_path / "dense.onnx"))
+    with pytest.raises(difftest.ModelError, match=r"takes \[any, 2, 2, 3\], the .* are \[1, 4, 2"):
+        model(pictures(1, (4, 2, 3)))
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"garbage" * 99])
+def test_damaged_onnx_is_one_line(onnxruntime, tmp_path, spoil):
+    path = write_onnx(tmp_path / "dense.onnx")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"dense\.onnx: not an ONNX model that runs") as error:
+        load.load_model(path)
+    assert "\n" not in str(error.value)
