@@ -1,12 +1,12 @@
 """The search of black boxes: all unfinished seeds take each step together.
 
-Mutation and judgement of a batch are one jitted step each; in between the models see one batch.
-A seed that finishes gives its place to the next; a model's failure costs only its own seed.
+Judging a batch of mutants and making the next are one jitted step; in between the models see one
+batch. Places of finished seeds go to the next ones; a model's failure costs only its own seed.
 """
 
 import time
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,20 @@ from difftest.result import SearchResult, finish
 from difftest.walk import Rules, Walk, begin, choose, judge, within
 
 _CAPACITY = 64
+
+
+class _Slots(NamedTuple):
+    """What is carried from step to step, one row a slot.
+
+    Attributes:
+        walks: where each seed's search stands.
+        operators: int32 ``[slots]``, what made the mutants.
+        mutants: uint8 ``[slots, H, W, C]``, to be asked next.
+    """
+
+    walks: Walk
+    operators: jax.Array
+    mutants: jax.Array
 
 
 def run(
@@ -50,114 +64,117 @@ def run(
     """
     classes = rows.outputs_original.shape[1]
     places = np.zeros(0, np.int64)
-    walks: Walk | None = None
-    accepted_by: dict[int, list[tuple[str, int]]] = {}
-    while len(waiting) or len(places):
-        room = batch_size - len(places)
-        if len(waiting) and (room >= max(1, batch_size // 4) or not len(places)):
-            new, waiting = waiting[:room], waiting[room:]
-            capacity = _CAPACITY if walks is None else walks.store.vectors.shape[1]
-            fresh = _begin(
-                rules,
-                key,
-                new,
-                seeds[new],
-                rows.outputs_original[new],
-                rows.outputs_compressed[new],
-                capacity,
-            )
-            walks = fresh if walks is None else _joined(_taken(walks, len(places)), fresh)
-            places = np.concatenate([places, new])
-            accepted_by.update((int(place), []) for place in new)
-        assert walks is not None
+    slots: _Slots | None = None
+    chains: dict[int, list[tuple[str, int]]] = {}
+    while len(waiting) or (places >= 0).any():
         started = time.perf_counter()
-        # Arrays are filled up to a power of two, so that a shrinking batch compiles few sizes.
-        size = _filled(len(places))
-        if len(walks.queries) != size:
-            walks = _resized(walks, size)
-        before = np.asarray(walks.queries)
-        operators, mutants = _propose(rules, walks)
-        asked = np.asarray(mutants)[: len(places)]
+        free = (places < 0).sum() if len(places) else batch_size
+        if len(waiting) and free >= max(1, len(places) // 8):
+            new, waiting = waiting[:free], waiting[free:]
+            chains.update((int(place), []) for place in new)
+            places, slots = _filled(rules, key, seeds, rows, new, places, slots)
+        elif 2 * (len(places) - free) <= len(places):
+            # The last seeds to be searched get small batches, of few sizes, to compile few.
+            assert slots is not None
+            kept = np.flatnonzero(places >= 0)
+            size = 1 << (len(kept) - 1).bit_length()
+            slots = _taken(slots, np.resize(kept, size))
+            places = np.append(places[kept], np.full(size - len(kept), -1))
+        assert slots is not None
+        active = np.flatnonzero(places >= 0)
+        asked = np.asarray(slots.mutants)[active]
         original, compressed, errors = ask(pair, asked, classes)
-        blank = np.zeros((size - len(places), classes), np.float32)
-        walks, found, accepted = _judge(
-            rules,
-            walks,
-            operators,
-            mutants,
-            np.concatenate([original, blank]),
-            np.concatenate([compressed, blank]),
-        )
-        if int(np.max(walks.store.filled)) == walks.store.vectors.shape[1]:
-            walks = walks._replace(store=fitness.grown(walks.store))
-        names = [mutate.NAMES[index] for index in np.asarray(operators)[: len(places)]]
-        found = np.array(found)[: len(places)]
-        share = (time.perf_counter() - started) / len(places)
-        rows.queries[places] += 1
-        rows.seconds[places] += share
+        queries = np.asarray(slots.walks.queries)[active]
+        operators = np.asarray(slots.operators)[active]
+        answers = np.zeros((2, len(places), classes), np.float32)
+        answers[:, active] = original, compressed
+        slots, found, accepted = _step(rules, slots, answers[0], answers[1])
+        if int(np.max(slots.walks.store.filled)) == slots.walks.store.vectors.shape[1]:
+            walks = slots.walks._replace(store=fitness.grown(slots.walks.store))
+            slots = slots._replace(walks=walks)
         failed = np.array([error is not None for error in errors])
-        found &= ~failed
-        for slot in np.flatnonzero(np.asarray(accepted)[: len(places)] | found):
-            place = int(places[slot])
-            accepted_by[place].append((names[slot], int(before[slot])))
-        spent = (rows.queries[places] >= max_queries) | (rows.seconds[places] >= timeout)
-        over = found | failed | spent
-        if over.any():
-            finish(
-                rows,
-                seeds,
-                places[found],
-                asked[found],
-                (original[found], compressed[found]),
-            )
-            for slot in np.flatnonzero(over):
-                place = int(places[slot])
-                chain = accepted_by.pop(place)
-                if found[slot]:
-                    rows.chains[place] = tuple(chain)
-                elif failed[slot]:
-                    rows.status[place], rows.errors[place] = "error", errors[slot]
-                else:
-                    rows.status[place] = "budget"
-            save()
-            walks = _taken(walks, np.flatnonzero(~over))
-            places = places[~over]
+        found = np.asarray(found)[active] & ~failed
+        accepted = np.asarray(accepted)[active] | found
+        at_work = places[active]
+        for slot in np.flatnonzero(accepted):
+            name = mutate.NAMES[operators[slot]]
+            chains[int(at_work[slot])].append((name, int(queries[slot])))
+        rows.queries[at_work] += 1
+        rows.seconds[at_work] += (time.perf_counter() - started) / len(active)
+        spent = (rows.queries[at_work] >= max_queries) | (rows.seconds[at_work] >= timeout)
+        over = np.flatnonzero(found | failed | spent)
+        if not len(over):
+            continue
+        outputs = (original[found], compressed[found])
+        finish(rows, seeds, at_work[found], asked[found], outputs)
+        for slot in over:
+            place = int(at_work[slot])
+            chain = chains.pop(place)
+            if found[slot]:
+                rows.chains[place] = tuple(chain)
+            elif failed[slot]:
+                rows.status[place], rows.errors[place] = "error", errors[slot]
+            else:
+                rows.status[place] = "budget"
+        places[active[over]] = -1
+        save()
 
 
-def _filled(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def _taken(walks: Walk, which: int | np.ndarray) -> Walk:
-    index = np.arange(which) if isinstance(which, int) else which
-    return jax.tree.map(lambda leaf: leaf[index], walks)
-
-
-def _resized(walks: Walk, size: int) -> Walk:
-    """Rows repeated or dropped at the end; those past the seeds in use are never looked at."""
-    return _taken(walks, np.minimum(np.arange(size), len(walks.queries) - 1))
-
-
-def _joined(walks: Walk, fresh: Walk) -> Walk:
-    return jax.tree.map(lambda old, new: jnp.concatenate([old, new]), walks, fresh)
+def _filled(
+    rules: Rules,
+    key: jax.Array,
+    seeds: np.ndarray,
+    rows: SearchResult,
+    new: np.ndarray,
+    places: np.ndarray,
+    slots: _Slots | None,
+) -> tuple[np.ndarray, _Slots]:
+    """Puts new seeds into the free slots; the first ones make the slots."""
+    if slots is None:
+        places = np.full(len(new), -1)
+    free = np.flatnonzero(places < 0)[: len(new)]
+    fresh = np.zeros(len(places), bool)
+    fresh[free] = True
+    places = places.copy()
+    places[free] = new
+    # Slots that stay empty begin with any seed; nobody asks for their mutants.
+    begun = np.maximum(places, 0)
+    answers = (rows.outputs_original[begun], rows.outputs_compressed[begun])
+    capacity = _CAPACITY if slots is None else slots.walks.store.vectors.shape[1]
+    made = _begin(rules, key, begun, seeds[begun], *answers, capacity)
+    return places, made if slots is None else _merged(fresh, made, slots)
 
 
 @partial(jax.jit, static_argnums=(0, 6))
 def _begin(rules: Rules, key: jax.Array, places, seeds, original, compressed, capacity: int):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
     start = jax.vmap(begin, (None, 0, 0, 0, 0, None))
-    return start(rules, keys, seeds, original, compressed, capacity)
+    return _proposed(rules, start(rules, keys, seeds, original, compressed, capacity))
 
 
-@partial(jax.jit, static_argnums=0)
-def _propose(rules: Rules, walks: Walk) -> tuple[jax.Array, jax.Array]:
+@jax.jit
+def _merged(fresh: jax.Array, new: _Slots, old: _Slots) -> _Slots:
+    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(chosen, new, old)
+
+
+@jax.jit
+def _taken(slots: _Slots, which: jax.Array) -> _Slots:
+    return jax.tree.map(lambda leaf: leaf[which], slots)
+
+
+def _proposed(rules: Rules, walks: Walk) -> _Slots:
     operators, keys = jax.vmap(choose, (None, 0))(rules, walks)
     mutants = mutate.mutate_batch(rules.table, operators, keys, walks.image)
-    return operators, jax.vmap(within, (None, 0, 0))(rules.max_l2, walks.seed, mutants)
+    mutants = jax.vmap(within, (None, 0, 0))(rules.max_l2, walks.seed, mutants)
+    return _Slots(walks, operators, mutants)
 
 
 @partial(jax.jit, static_argnums=0)
-def _judge(rules: Rules, walks: Walk, operators, mutants, original, compressed):
-    return jax.vmap(judge, (None, 0, 0, 0, 0, 0))(
-        rules, walks, operators, mutants, original, compressed
+def _step(rules: Rules, slots: _Slots, original: jax.Array, compressed: jax.Array):
+    walks, found, accepted = jax.vmap(judge, (None, 0, 0, 0, 0, 0))(
+        rules, slots.walks, slots.operators, slots.mutants, original, compressed
     )
+    return _proposed(rules, walks), found, accepted
