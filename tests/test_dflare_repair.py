@@ -1,5 +1,6 @@
 """The study of DRepair, on the digits: its rows, going on, and what it refuses."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,9 +10,9 @@ import difftest
 from experiments import dflare_repair as study
 from experiments import record
 from experiments.dflare_repair import Cell, Ratios, Summary
-from tests.pairs import as_black_box, linear_pair
+from tests.pairs import linear_pair
 
-TINY = study.SCHEDULES["tiny"]
+TINY = dataclasses.replace(study.SCHEDULES["tiny"], searches=1)
 ABOUT = {
     "command": "python -m experiments.dflare_repair", "data": "digits", "seeds": (0, 1),
     "hardware": "a machine",
@@ -20,7 +21,7 @@ ABOUT = {
 
 def find(name, data_dir=None):
     assert data_dir is None
-    return as_black_box(linear_pair(apart=0.3, classes=10)), "digits", ("LeNet-4", "Prune", 100.0)
+    return linear_pair(apart=0.3, classes=10), "digits", ("LeNet-4", "Prune", 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +58,21 @@ def test_a_run_gives_every_row_once(case, done):
     assert by_metric["median queries, after the repair, unseen seeds"].published is None
     assert len(made) == 3 + 4 * 5 + 2
     assert all(row.ours is not None and row.commit == "0123456" for row in made)
-    assert by_metric["repair ratio"].n == 4
+    assert by_metric["repair ratio"].n == 2
     assert {row.row for row in made} == {"LeNet-4 Prune"}
 
 
 def test_cells_hold_what_was_searched(case, done):
     cells, folder = done
-    assert len(cells) == 2
-    for seed, cell in enumerate(cells):
-        result = difftest.SearchResult.load(folder / "stand_in" / f"search_{seed}" / "before.npz")
-        assert cell.before.found == result.success.sum() >= 5
-        assert cell.before.queries == result.queries[result.success].mean()
-        assert cell.before.searched + cell.before.deviating == cell.before.seeds == 24
-        assert len(cell.ratios) == 2
-        for ratios in cell.ratios:
-            assert 0 <= ratios.repair <= 1 and 0 <= ratios.inducing <= 1
-            assert ratios.improvement <= ratios.repair
-    # Searches draw with their own seeds.
-    assert cells[0].before != cells[1].before
+    (cell,) = cells
+    result = difftest.SearchResult.load(folder / "stand_in" / "search_0" / "before.npz")
+    assert cell.before.found == result.success.sum() >= 5
+    assert cell.before.queries == result.queries[result.success].mean()
+    assert cell.before.searched + cell.before.deviating == cell.before.seeds == 24
+    assert len(cell.ratios) == 2
+    for ratios in cell.ratios:
+        assert 0 <= ratios.repair <= 1 and 0 <= ratios.inducing <= 1
+        assert ratios.improvement <= ratios.repair
 
 
 def test_a_run_goes_on_where_it_stopped(case, done, monkeypatch):
@@ -86,21 +84,36 @@ def test_a_run_goes_on_where_it_stopped(case, done, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(study, "run_cell", again)
         assert study.run(case, TINY, folder) == cells
-    file = folder / "stand_in" / "done.json"
+    (folder / "stand_in" / "done.json").unlink()
+    # The searches themselves are kept too.
+    (other,) = study.run(case, TINY, folder, "89abcde")
+    assert other._replace(commit="0123456") == cells[0]
+
+
+def test_every_search_has_its_own_seed_and_rows_tell_the_code(case, done, tmp_path, monkeypatch):
+    asked = []
+
+    def run_cell(_case, _schedule, seed, folder, commit):
+        asked.append((seed, folder.name))
+        return done[0][0]._replace(commit=commit)
+
+    monkeypatch.setattr(study, "run_cell", run_cell)
+    one = study.run(case, dataclasses.replace(TINY, searches=3), tmp_path, "0123456")
+    assert asked == [(0, "search_0"), (1, "search_1"), (2, "search_2")] and len(one) == 3
+    file = tmp_path / "stand_in" / "done.json"
     kept = json.loads(file.read_text())
     del kept["1"]
     file.write_text(json.dumps(kept))
-    # The searches themselves are kept too.
-    other = study.run(case, TINY, folder, "89abcde")[1]
-    assert other._replace(commit="0123456") == cells[1]
-    rows = study.rows(case, study.run(case, TINY, folder))
+    two = study.run(case, dataclasses.replace(TINY, searches=3), tmp_path, "89abcde")
+    assert len(asked) == 4
+    rows = study.rows(case, two)
     assert all("made at 0123456, 89abcde" in row["note"] for row in rows)
     _record(rows)
 
 
 def test_another_run_does_not_mix_in(case, done):
     _, folder = done
-    changed = study.dataclasses.replace(TINY, max_queries=7)
+    changed = dataclasses.replace(TINY, max_queries=7)
     with pytest.raises(ValueError, match="holds checkpoints of another run, schedule"):
         study.run(case, changed, folder)
 
@@ -114,8 +127,8 @@ def test_a_damaged_ledger_is_told(case, tmp_path):
 
 def test_too_few_triggers_are_told(case, tmp_path):
     same = difftest.ModelPair(case.pair.original, case.pair.original)
-    alike = study.dataclasses.replace(case, pair=same)
-    few = study.dataclasses.replace(TINY, max_queries=3)
+    alike = dataclasses.replace(case, pair=same)
+    few = dataclasses.replace(TINY, max_queries=3)
     with pytest.raises(ValueError, match="stand_in: 0 triggers from 24 seeds; at least 5 are due"):
         study.run(alike, few, tmp_path)
 
