@@ -5,9 +5,9 @@ DRepair is trained on seeds and triggers and judged by five-fold cross-validatio
 all of them, and the repaired model is searched again: from the same seeds, and from seeds that
 neither search nor repair has seen, which the paper leaves out.
 
-``--schedule cpu``: 200 seeds and 200 unseen ones, one search, at most 2,000 queries a seed; the six
-MNIST pairs take two cores about an hour, most of it cross-validation. ``--schedule published``: 500
-seeds, five searches with different random seeds, 10,000 queries and 180 seconds a seed.
+``--schedule cpu``: 200 seeds and 200 unseen ones, one search, at most 2,000 queries a seed; a pair
+of LeNet's size takes two cores a few minutes. ``--schedule published``: 500 seeds, five searches
+with different random seeds, 10,000 queries and 180 seconds a seed.
 ``--schedule tiny`` is for tests. A killed run goes on where it stopped, in the same ``--work``.
 
 ``python -m experiments.dflare_repair --pairs lenet4_mnist_pruned,cnn_mnist_pruned``
