@@ -1,0 +1,514 @@
+"""The searches of DFlare beside each other: tables 1, 2, 4, 5 and 6, and figures 3 and 4.
+
+Tian et al., TOSEM 2023, sections 2.1, 4 and 5.1 to 5.3, on pairs of ``experiments.pairs``; then
+what the paper leaves out: how far the triggers lie from their seeds, whether the original model
+still gives the seed's label, and searches that are held to either.
+
+``--schedule cpu``: 500 seeds and five random seeds for the searches of table 4 and "best", one
+random seed, 200 seeds and at most 2,000 queries for all others, 50 seeds and 20,000 queries for
+DiffChaser; the three published pairs take two cores about an hour. ``--schedule published``: 500
+seeds, five random seeds, 180 seconds a seed, all searches. ``--schedule whole`` is table 5:
+"released" from every test image. ``--schedule tiny`` is for tests. A killed run goes on where it
+stopped, in the same ``--work``.
+
+``python -m experiments.dflare_search --pairs lenet1,lenet5 --pairs_dir ... --data_dir ...``
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+from scipy.stats import wilcoxon
+
+import difftest
+from difftest.diffchaser import diffchase
+from experiments import page
+from experiments.dflare_repair import titled
+from experiments.provenance import ROOT, origin
+from experiments.robust_pruning import write
+from nnslicer_jax import data
+from nnslicer_jax.atomic import replacing
+from nnslicer_jax.checkpoint import claim, digest
+
+TITLE = "DFlare: triggers of compressed models, and what they cost"
+TEXT = (
+    "Tian et al., TOSEM 2023, tables 4 to 6. A query is one image through both models. Means and "
+    "medians are over the seeds whose trigger still triggers when asked anew, averaged over random "
+    "seeds with the standard deviation over those; seeds on which the pair already disagrees enter "
+    "no average; seconds are a seed's share of its batches. Released is the search of the "
+    "published code, from which the published numbers come: it also accepts a mutant whose D fell, "
+    "starts from D = 0 and draws operators by rank alone. Paper is the search of the text. "
+    "DFlare_D (no novelty) is run as the text says; the published code starts it at a D that none "
+    "exceeds, so that it never accepts a mutant. Best is ours: on the lines from a seed to seeds "
+    "of other classes it asks between the points where the two models change their label. The "
+    "paper's seconds are from another machine and through slower calls. L2 is the distance "
+    "from the seed on the 0-1 scale; labels are kept where the original model gives the trigger "
+    "the label of its seed. The networks beyond the three published pairs are our own of the same "
+    "kind, whose compression leaves other differences than the paper's."
+)
+
+
+class Published(NamedTuple):
+    """Of tables 4 and 6: success in per cent, mean seconds, mean queries."""
+
+    success: float
+    seconds: float
+    queries: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One search.
+
+    Attributes:
+      words: What it is called in the tables.
+      options: Of `difftest.search`; None: DiffChaser.
+      main: Whether the cpu schedule gives it all seeds.
+    """
+
+    words: str
+    options: dict[str, Any] | None
+    main: bool = False
+
+
+KINDS = {
+    "released": Kind("released", {"variant": "released"}, True),
+    "paper": Kind("paper", {"variant": "paper"}),
+    "best": Kind("best", {"variant": "best"}, True),
+    "uniform": Kind("DFlare_R", {"variant": "released", "selection": "uniform"}, True),
+    "no_novelty": Kind("DFlare_D", {"variant": "paper", "novelty": False}),
+    "released_label": Kind("released, label kept", {"variant": "released", "keep_label": True}),
+    "released_l2_4": Kind("released, L2 at most 4", {"variant": "released", "max_l2": 4.0}),
+    "released_l2_2": Kind("released, L2 at most 2", {"variant": "released", "max_l2": 2.0}),
+    "best_label": Kind("best, label kept", {"variant": "best", "keep_label": True}, True),
+    "best_l2_4": Kind("best, L2 at most 4", {"variant": "best", "max_l2": 4.0}),
+    "best_l2_2": Kind("best, L2 at most 2", {"variant": "best", "max_l2": 2.0}),
+    "best_label_l2_4": Kind(
+        "best, label kept, L2 at most 4", {"variant": "best", "keep_label": True, "max_l2": 4.0}
+    ),
+    "diffchaser": Kind("DiffChaser", None),
+}
+
+TABLE_4 = {
+    "LeNet-1 Quantization-8-bit": (Published(100, 0.513, 83.97), Published(99.40, 10.654, 5812.47)),
+    "LeNet-5 Quantization-8-bit": (
+        Published(100, 0.706, 117.02), Published(99.68, 12.598, 6040.53)
+    ),
+    "ResNet-20 Quantization-8-bit": (
+        Published(100, 0.509, 30.43), Published(99.76, 33.980, 2323.58)
+    ),
+    "LeNet-4 Prune": (Published(100, 0.056, 18.34), Published(99.44, 16.249, 6172.57)),
+    "LeNet-4 Quantization": (Published(100, 0.187, 27.83), Published(98.08, 76.254, 6506.53)),
+    "LeNet-5 Prune": (Published(100, 0.071, 22.03), Published(98.56, 17.446, 6276.38)),
+    "LeNet-5 Quantization": (Published(100, 0.225, 28.08), Published(98.48, 45.618, 6662.88)),
+    "CNN Prune": (Published(100, 0.068, 22.51), Published(99.60, 16.381, 6053.82)),
+    "CNN Quantization": (Published(100, 0.173, 25.34), Published(99.52, 38.039, 6450.96)),
+    "PlainNet-20 Prune": (Published(100, 0.051, 4.31), Published(99.80, 18.222, 1896.59)),
+    "PlainNet-20 Quantization": (Published(100, 0.470, 9.13), Published(89.52, 75.191, 1696.16)),
+    "PlainNet-20 Knowledge Distillation": (
+        Published(100, 0.029, 3.97), Published(99.72, 12.324, 1961.09)
+    ),
+    "ResNet-20 Prune": (Published(100, 0.063, 4.70), Published(99.88, 23.298, 2145.77)),
+    "ResNet-20 Quantization": (Published(100, 0.685, 10.16), Published(74.12, 83.971, 1511.06)),
+}  # fmt: skip
+# Table 6: DFlare_D and DFlare_R. Its rows of CIFAR-10 stand in another order than table 4's.
+TABLE_6 = {
+    "LeNet-1 Quantization-8-bit": (Published(41.44, 39.988, 8140.54), Published(100, 0.537, 89.52)),
+    "LeNet-5 Quantization-8-bit": (
+        Published(39.44, 38.244, 7422.38), Published(100, 0.752, 125.87)
+    ),
+    "ResNet-20 Quantization-8-bit": (Published(100, 3.454, 203.91), Published(100, 0.555, 30.59)),
+    "LeNet-4 Prune": (Published(92.12, 8.242, 2970.80), Published(100, 0.062, 20.79)),
+    "LeNet-4 Quantization": (Published(60.76, 31.162, 4861.92), Published(100, 0.200, 30.06)),
+    "LeNet-5 Prune": (Published(93.52, 7.428, 2473.71), Published(100, 0.080, 24.77)),
+    "LeNet-5 Quantization": (Published(59.92, 26.699, 3548.56), Published(100, 0.237, 29.99)),
+    "CNN Prune": (Published(81.04, 11.396, 4348.22), Published(100, 0.075, 25.14)),
+    "CNN Quantization": (Published(63.68, 26.639, 4243.05), Published(100, 0.182, 26.39)),
+}  # fmt: skip
+# Table 1: test images on which the pair disagrees.
+TABLE_1 = {
+    "LeNet-1 Quantization-8-bit": "9 of 10,000",
+    "LeNet-5 Quantization-8-bit": "5 of 10,000",
+    "ResNet-20 Quantization-8-bit": "62 of 10,000",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How much is run.
+
+    Attributes:
+      images: Seeds of a random seed; None: every test image.
+      searches: Random seeds, of the main searches and of the others.
+      others: Seeds of the searches that are not main ones, and their most queries.
+      chased: Seeds of DiffChaser.
+      chased_queries: DiffChaser's most queries.
+      max_queries: Of the main searches.
+      timeout: Seconds a seed.
+      kinds: What is run, of `KINDS`.
+    """
+
+    images: int | None
+    searches: tuple[int, int]
+    others: tuple[int, int]
+    chased: int
+    chased_queries: int
+    max_queries: int = 1_000_000
+    timeout: float = 180.0
+    kinds: tuple[str, ...] = tuple(KINDS)
+
+
+SCHEDULES = {
+    "cpu": Schedule(500, (5, 1), (200, 2_000), 50, 20_000),
+    "published": Schedule(500, (5, 5), (500, 1_000_000), 500, 1_000_000),
+    "whole": Schedule(None, (1, 1), (1, 1), 0, 1, kinds=("released",)),
+    "tiny": Schedule(20, (2, 1), (8, 60), 3, 500, max_queries=300),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A pair with the images that seeds are drawn from.
+
+    Attributes:
+      name: Of the pair.
+      title: Network and compression, as in the paper's tables.
+      pair: The models.
+      data: The data in words.
+      images: uint8 `[N, H, W, C]`.
+      labels: int `[N]`, the true classes.
+    """
+
+    name: str
+    title: str
+    pair: difftest.ModelPair
+    data: str
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Summary(NamedTuple):
+    """One search of one random seed; queries to kept are None where nothing was found."""
+
+    success: float
+    disagreeing: int
+    queries: float | None
+    median: float | None
+    largest: int | None
+    seconds: float | None
+    l2: float | None
+    kept: float | None
+    unique: float | None
+
+
+def draw(case: Case, schedule: Schedule, kind: str, search: int) -> np.ndarray:
+    """Places of the seeds of a random seed, the same for every kind of search that has as many."""
+    order = np.random.default_rng(search).permutation(len(case.images))
+    if KINDS[kind].options is None:
+        return order[: schedule.chased]
+    return order[: schedule.images if KINDS[kind].main else schedule.others[0]]
+
+
+def run_cell(
+    case: Case, schedule: Schedule, kind: str, search: int, folder: Path
+) -> difftest.SearchResult:
+    """One search from the seeds of one random seed, or what an earlier run kept of it."""
+    chosen = KINDS[kind]
+    seeds = case.images[draw(case, schedule, kind, search)]
+    path = folder / f"{kind}_{search}.npz"
+    key = jax.random.key(search)
+    if chosen.options is not None:
+        most = schedule.max_queries if chosen.main else schedule.others[1]
+        return difftest.search(
+            case.pair, seeds, key, max_queries=most, timeout=schedule.timeout, checkpoint=path,
+            **chosen.options,
+        )  # fmt: skip
+    if path.exists():
+        return difftest.SearchResult.load(path)
+    most, timeout = schedule.chased_queries, schedule.timeout
+    result = diffchase(case.pair, seeds, key, max_queries=most, timeout=timeout)
+    result.save(path)
+    return result
+
+
+def summary(pair: difftest.ModelPair, result: difftest.SearchResult) -> Summary:
+    """Counts what a search found, success by asking the pair about the triggers anew."""
+    good = result.success & difftest.confirm(pair, result)
+    searched = int(result.searched.sum())
+    success = 100 * float(good.sum()) / searched if searched else 0.0
+    disagreeing = int((result.status == "disagrees").sum())
+    if not good.any():
+        return Summary(success, disagreeing, *[None] * 7)
+    queries = result.queries[good]
+    triggers = result.triggers[good].reshape(int(good.sum()), -1)
+    return Summary(
+        success,
+        disagreeing,
+        float(queries.mean()),
+        float(np.median(queries)),
+        int(queries.max()),
+        float(result.seconds[good].mean()),
+        float(np.median(result.l2[good])),
+        100 * float(result.keeps_label[good].mean()),
+        100 * len(np.unique(triggers, axis=0)) / len(triggers),
+    )
+
+
+Found = dict[str, list[difftest.SearchResult]]
+
+
+def run(case: Case, schedule: Schedule, work: Path, show: bool = False) -> Found:
+    """Runs all searches of a pair, going on where an earlier run stopped.
+
+    Args:
+      case: The pair.
+      schedule: How much.
+      work: Folder for what is done so far, of this pair and of others.
+      show: Write progress lines to standard error.
+
+    Raises:
+      ValueError: For a folder of another run.
+      ModelError: A model fails on every seed.
+    """
+    folder = work / case.name
+    # Kinds may be added later; what was done of the others stays good.
+    limits = {**dataclasses.asdict(schedule), "kinds": None}
+    claim(folder, {"images": digest(case.images), "schedule": json.loads(json.dumps(limits))})
+    found: Found = {}
+    for kind in schedule.kinds:
+        main = KINDS[kind].main
+        for search in range(schedule.searches[0 if main else 1]):
+            result = run_cell(case, schedule, kind, search, folder)
+            found.setdefault(kind, []).append(result)
+            if show:
+                told = summary(case.pair, result)
+                words = f"{case.title}, {KINDS[kind].words}, random seed {search}: {told}"
+                print(words, file=sys.stderr, flush=True)
+    return found
+
+
+# Results --------------------------------------------------------------------------------------
+
+# Metric, unit, decimals, place in `Published`.
+_METRICS: dict[str, tuple[str, str, int, int | None]] = {
+    "success": ("success rate", "%", 2, 0),
+    "queries": ("mean queries", "", 2, 2),
+    "median": ("median queries", "", 1, None),
+    "largest": ("most queries", "", 0, None),
+    "seconds": ("mean seconds", "s", 4, 1),
+    "l2": ("median L2", "", 2, None),
+    "kept": ("labels kept", "%", 1, None),
+    "unique": ("unique triggers", "%", 1, None),
+}
+
+
+def _published(title: str, kind: str) -> Published | None:
+    chased = (None, None)
+    return {
+        "released": TABLE_4.get(title, chased)[0],
+        "diffchaser": TABLE_4.get(title, chased)[1],
+        "no_novelty": TABLE_6.get(title, chased)[0],
+        "uniform": TABLE_6.get(title, chased)[1],
+    }.get(kind)
+
+
+def rows(case: Case, found: Found) -> list[dict[str, Any]]:
+    """Fields of the results' rows of one pair."""
+    made = _accuracies(case)
+    for kind, results in found.items():
+        told = [summary(case.pair, result) for result in results]
+        seeds = sum(int(result.searched.sum()) for result in results)
+        already = sum(one.disagreeing for one in told)
+        note = f"{already} more seeds already disagreed" if already else ""
+        for field, (metric, unit, decimals, place) in _METRICS.items():
+            values = [getattr(one, field) for one in told]
+            values = [value for value in values if value is not None]
+            if not values:
+                continue
+            published = _published(case.title, kind)
+            spread = round(float(np.std(values, ddof=1)), decimals) if len(values) > 1 else None
+            made.append({
+                "row": f"{case.title}, {KINDS[kind].words}", "metric": metric, "unit": unit,
+                "ours": round(float(np.mean(values)), decimals), "spread": spread, "n": seeds,
+                "published": published[place] if published and place is not None else None,
+                "note": note if field == "success" else "",
+            })  # fmt: skip
+    return made + _comparisons(case, found)
+
+
+def _accuracies(case: Case) -> list[dict[str, Any]]:
+    """Of tables 1 and 2, over all images."""
+    labels = [
+        np.concatenate([part.argmax(axis=1) for part in parts])
+        for parts in zip(*(case.pair.probabilities(some) for some in _parts(case.images)),
+                         strict=True)
+    ]  # fmt: skip
+    about = {"row": case.title, "n": len(case.images)}
+    made: list[dict[str, Any]] = [
+        {
+            **about, "metric": f"accuracy, {name}", "unit": "%",
+            "ours": round(100 * float((each == case.labels).mean()), 2),
+        }
+        for name, each in zip(("original", "compressed"), labels, strict=True)
+    ]  # fmt: skip
+    differ = int((labels[0] != labels[1]).sum())
+    made.append({
+        **about, "metric": "images that trigger unchanged", "ours": differ,
+        "published": TABLE_1.get(case.title),
+    })  # fmt: skip
+    return made
+
+
+def _parts(images: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(images, max(1, -(-len(images) // 256)))
+
+
+def _comparisons(case: Case, found: Found) -> list[dict[str, Any]]:
+    """Section 5.3.2: whether ranked operators need fewer queries than uniform ones."""
+    if "uniform" not in found or "released" not in found:
+        return []
+    ranked, uniform = ([], [])
+    for one, other in zip(found["released"], found["uniform"], strict=False):
+        both = one.success & other.success
+        ranked.append(one.queries[both])
+        uniform.append(other.queries[both])
+    apart = np.concatenate(ranked) - np.concatenate(uniform)
+    if not apart.any():
+        return []
+    return [{
+        "row": f"{case.title}, released against DFlare_R", "metric": "Wilcoxon p of the queries",
+        "ours": float(f"{wilcoxon(apart).pvalue:.3g}"), "n": len(apart),
+        "note": f"mean difference {apart.mean():.1f} queries",
+    }]  # fmt: skip
+
+
+def save_histogram(case: Case, found: Found, path: Path) -> None:
+    """Figure 4: how many queries the searches needed."""
+    drawn: Figure = page.drawing(3.6)
+    ax = drawn.subplots()
+    shown = [kind for kind in ("best", "released", "diffchaser") if kind in found]
+    bins = np.geomspace(1, 1e5, 41)
+    for turn, kind in enumerate(shown):
+        queries = np.concatenate([one.queries[one.success] for one in found[kind]])
+        if not len(queries):
+            continue
+        ax.hist(
+            queries, bins=list(bins), weights=np.full(len(queries), 100 / len(queries)),
+            histtype="stepfilled", alpha=0.6, color=page.COLOURS[turn], hatch="/" * (3 * turn),
+            label=f"{KINDS[kind].words}: median {np.median(queries):.0f}, "
+            f"mean {queries.mean():.0f}",
+        )  # fmt: skip
+    ax.set(xscale="log", xlabel="queries until a trigger", ylabel="% of the triggers")
+    ax.set_title(case.title)
+    ax.legend(frameon=False, fontsize="small")
+    with replacing(path) as part, part.open("wb") as file:
+        drawn.savefig(file, format="png")
+
+
+def save_examples(case: Case, schedule: Schedule, found: Found, path: Path) -> None:
+    """Figure 3: the first triggers of "released", of "best", and of "best" with the label kept."""
+    kinds = [kind for kind in ("released", "best", "best_label") if kind in found]
+    count = 6
+    drawn: Figure = page.drawing(1.35 * (len(kinds) + 1))
+    axes = drawn.subplots(len(kinds) + 1, count, squeeze=False)
+    places = draw(case, schedule, kinds[0], 0)
+    good = np.all([found[kind][0].success for kind in kinds], axis=0)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for column, row in enumerate(np.flatnonzero(good)[:count]):
+        seed = case.images[places[row]]
+        _show(axes[0, column], seed, f"{found[kinds[0]][0].seed_labels[row]}")
+        for line, kind in enumerate(kinds, start=1):
+            result = found[kind][0]
+            labels = (result.outputs_original[row], result.outputs_compressed[row])
+            _show(axes[line, column], result.triggers[row],
+                  " | ".join(str(each.argmax()) for each in labels))  # fmt: skip
+    for line, words in enumerate(["seed", *(KINDS[kind].words for kind in kinds)]):
+        axes[line, 0].set_ylabel(words.replace(", ", ",\n"), fontsize="small")
+    drawn.suptitle(f"{case.title}: label of the original | of the compressed model", fontsize=9)
+    with replacing(path) as part, part.open("wb") as file:
+        drawn.savefig(file, format="png")
+
+
+def _show(ax: Any, image: np.ndarray, title: str) -> None:
+    ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+    ax.set_title(title, fontsize="small")
+
+
+def prepare(name: str, options: dict[str, Any], data_dir: str | None, images: str | None) -> Case:
+    """Loads a pair and its test images, or those of the file given."""
+    pair, dataset, row = importlib.import_module("experiments.pairs").pair(name, **options)
+    if images is None:
+        whole = data.load(dataset, data_dir)
+        jpeg = " (JPEG re-encodings)" if "JPEG" in whole.note else ""
+        said = f"{whole.name}{jpeg}, test set"
+        return Case(
+            name, titled(name, row), pair, said, whole.test_images, np.asarray(whole.test_labels)
+        )
+    try:
+        with open(images, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            pixels, labels = file["test_images"], file["test_labels"]
+    except (KeyError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{images}: no test_images and test_labels to be read ({reason})"
+        ) from None
+    said = f"{dataset}, {len(pixels):,} test images of {Path(images).name}"
+    return Case(name, titled(name, row), pair, said, pixels, labels)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
+    given = flags.FLAGS
+    schedule = SCHEDULES[given.schedule]
+    if given.kinds:
+        schedule = dataclasses.replace(schedule, kinds=tuple(given.kinds))
+    about = origin(data="", seeds=range(schedule.searches[0]))
+    made = []
+    options = {"data_dir": given.data_dir}
+    if given.pairs_dir:
+        options["pairs_dir"] = given.pairs_dir
+    try:
+        for kind in schedule.kinds:
+            if kind not in KINDS:
+                raise ValueError(f"--kinds: {kind!r} is unknown; known are {', '.join(KINDS)}")
+        for name in given.pairs:
+            case = prepare(name, options, given.data_dir, given.images)
+            found = run(case, schedule, Path(given.work or f"out/dflare_search/{given.schedule}"),
+                        show=True)  # fmt: skip
+            made += [{**row, "data": case.data} for row in rows(case, found)]
+            save_histogram(case, found, Path(given.figures) / f"queries_{name}.png")
+            save_examples(case, schedule, found, Path(given.figures) / f"triggers_{name}.png")
+    except (OSError, ValueError, difftest.ModelError) as error:
+        sys.exit(f"error: {error}")
+    write(Path(given.out), "dflare_search", TITLE, TEXT, about, made)
+
+
+def _define_flags() -> None:
+    # Flags are global, and every study has an --out: defined here, modules import side by side.
+    flags.DEFINE_list("pairs", ["lenet1", "lenet5"], "of experiments.pairs")
+    flags.DEFINE_string("pairs_dir", None, "folder of the published pairs' files")
+    flags.DEFINE_string("data_dir", None, "folder searched first for the data set")
+    flags.DEFINE_string("images", None, ".npz file whose test images are taken instead")
+    flags.DEFINE_enum("schedule", "cpu", sorted(SCHEDULES), "how much is run")
+    flags.DEFINE_list("kinds", [], f"searches, of {', '.join(KINDS)}; all where none is named")
+    results = ROOT / "experiments" / "results" / "dflare_search.json"
+    flags.DEFINE_string("out", str(results), "results file")
+    flags.DEFINE_string("work", None, "folder for what is done so far")
+    flags.DEFINE_string("figures", "out/dflare_search", "folder of the figures")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)
