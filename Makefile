@@ -1,5 +1,6 @@
 # Every target does the set-up it needs: a virtual environment in .venv, then requirements.txt
-# (and pyproject.toml's test extra), installed again only when one of those files changes.
+# (and the extras test and difftest of pyproject.toml), installed again only when one of those
+# files changes.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,7 +27,7 @@ $(RUN): requirements.txt
 	@touch $@
 
 $(TEST): requirements.txt pyproject.toml | $(RUN)
-	$(PY) -m pip install --disable-pip-version-check -qq -e '.[test]'
+	$(PY) -m pip install --disable-pip-version-check -qq -e '.[test,difftest]'
 	@touch $@
 
 demo: $(RUN)
