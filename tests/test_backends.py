@@ -1,7 +1,10 @@
 """Models from files: what each runtime gives, and what a bad file is called."""
 
 import gzip
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -12,6 +15,7 @@ import difftest
 import nnslicer_jax as nns
 from difftest import load
 from difftest.backends import pixels
+from difftest.backends.process import ProcessModel
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAIRS = SHARED / "dflare_pairs"
@@ -460,4 +464,89 @@ def test_damaged_onnx_is_one_line(onnxruntime, tmp_path, spoil):
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(ValueError, match=r"dense\.onnx: not an ONNX model that runs") as error:
         load.load_model(path)
+    assert "\n" not in str(error.value)
+
+
+# Processes --------------------------------------------------------------------------------
+
+
+def fragile(kind="even", scale=1):
+    """What a child process runs: a model that does as the first pixel of the first image says."""
+
+    def model(images):
+        first = images[0, 0, 0, 0] if len(images) else 0
+        print("a model may print")
+        if first == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if first == 2:
+            time.sleep(60)
+        if first == 3:
+            raise OSError("no\nluck")
+        if first == 4:
+            os._exit(7)
+        return np.full((len(images), 2), scale * 0.5)
+
+    return model
+
+
+def no_model():
+    raise ValueError("not\nhere")
+
+
+def first_pixel(value, number=2):
+    images = np.zeros((number, 4, 4, 1), np.uint8)
+    images[0, 0, 0, 0] = value
+    return images
+
+
+def test_a_model_in_a_process_breaks_alone():
+    breaks = {
+        3: "fragile: no luck",
+        1: "fragile: on 2 images, the process crashed (SIGSEGV)",
+        4: "fragile: on 2 images, the process ended with status 7",
+        2: "fragile: on 2 images, the process hung: no answer in 0.2 s",
+    }
+    with ProcessModel("tests.test_backends:fragile") as model:
+        for pixel, message in breaks.items():
+            model.timeout = 60
+            # More bytes than a socket holds.
+            out = model(first_pixel(0, 300_000))
+            assert out.dtype == np.float32 and out.shape == (300_000, 2) and (out == 0.5).all()
+            model.timeout = 0.2 if pixel == 2 else 60
+            with pytest.raises(difftest.ModelError) as error:
+                model(first_pixel(pixel))
+            assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_in_a_process_takes_arguments():
+    with ProcessModel("tests.test_backends:fragile", arguments={"scale": 2}) as model:
+        np.testing.assert_array_equal(model(first_pixel(0, 1)), [[1, 1]])
+        process = model._child.process
+    assert process.poll() is not None
+
+
+def test_a_file_in_a_process(tmp_path):
+    path = float_tflite(tmp_path / "dense.tflite")
+    images = pictures(3)
+    scaled = load.Normalise((0, 0, 0), 100)
+    with ProcessModel(path, scaled, outputs="logits", arguments={"workers": 1}) as model:
+        np.testing.assert_allclose(model(images), softmax(logits(images, 100)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "source, options, kind, message",
+    [
+        ("tests.test_backends:no_model", {}, difftest.ModelError, "no_model: not here"),
+        ("gone.tflite", {}, difftest.ModelError, r"gone\.tflite: no such file"),
+        ("a:b", {"outputs": "logits"}, ValueError, "preprocess and outputs are for files"),
+        ("a.onnx", {"outputs": "softmax"}, ValueError, "outputs is 'softmax'"),
+        ("a.onnx", {"preprocess": abs}, ValueError, "a process takes None, Normalise or"),
+        ("a.onnx", {"preprocess": "abs"}, ValueError, 'accepted is "module:function"'),
+        ("a.onnx", {"timeout": 0}, ValueError, "timeout is 0, start_timeout 300"),
+        ("a:b", {"arguments": {"x": {1}}}, ValueError, "arguments: accepted are JSON values"),
+    ],
+)
+def test_bad_processes_have_one_line(source, options, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        ProcessModel(source, **options)
     assert "\n" not in str(error.value)
