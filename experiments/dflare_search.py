@@ -88,7 +88,7 @@ KINDS = {
     "released_label": Kind("released, label kept", {"variant": "released", "keep_label": True}),
     "released_l2_4": Kind("released, L2 at most 4", {"variant": "released", "max_l2": 4.0}),
     "released_l2_2": Kind("released, L2 at most 2", {"variant": "released", "max_l2": 2.0}),
-    "best_label": Kind("best, label kept", {"variant": "best", "keep_label": True}, True),
+    "best_label": Kind("best, label kept", {"variant": "best", "keep_label": True}),
     "best_l2_4": Kind("best, L2 at most 4", {"variant": "best", "max_l2": 4.0}),
     "best_l2_2": Kind("best, L2 at most 2", {"variant": "best", "max_l2": 2.0}),
     "best_label_l2_4": Kind(
