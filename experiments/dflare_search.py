@@ -420,7 +420,8 @@ def save_examples(case: Case, schedule: Schedule, found: Found, path: Path) -> N
     drawn: Figure = page.drawing(1.35 * (len(kinds) + 1))
     axes = drawn.subplots(len(kinds) + 1, count, squeeze=False)
     places = draw(case, schedule, kinds[0], 0)
-    good = np.all([found[kind][0].success for kind in kinds], axis=0)
+    shared = min(len(found[kind][0].success) for kind in kinds)
+    good = np.all([found[kind][0].success[:shared] for kind in kinds], axis=0)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     for column, row in enumerate(np.flatnonzero(good)[:count]):
