@@ -2,7 +2,8 @@
 
 Seeds are searched in slots, which step together; a finished seed's slot takes the next seed
 without leaving the loop. The loop ends every few hundred steps, so that the host can note what was
-accepted, see to the time and to the room of the stores, and save.
+accepted, see to the time and to the room of the stores, and save; and it ends when most slots have
+nothing left to do, so that the host can leave those out.
 """
 
 import time
@@ -21,6 +22,8 @@ from difftest.walk import Rules, Walk, begin, choose, judge, within
 
 _CAPACITY = 64
 _STEPS = 128
+# Fewer slots go on when so few of them, one in this many, are at work. Each size compiles once.
+_FEW = 8
 _WAITING, _FOUND, _SPENT, _FAILED = range(4)
 
 
@@ -121,6 +124,10 @@ def run(
         )
         if slow.any():
             state = _give_up(rules, key, source, state, jnp.asarray(slow))
+        at_work = np.flatnonzero(np.asarray(state.row) < len(waiting))
+        if len(at_work) and _are_few(len(at_work), state, len(waiting)):
+            size = 1 << (len(at_work) - 1).bit_length()
+            state = _taken(state, np.resize(at_work, size), np.arange(size) < len(at_work))
         status = np.asarray(state.rows.status)[:-1]
         new = np.flatnonzero((status != _WAITING) & ~reported)
         if len(new):
@@ -130,6 +137,31 @@ def run(
         if int(state.walks.store.filled.max()) >= state.walks.store.vectors.shape[1]:
             walks = state.walks._replace(store=fitness.grown(state.walks.store))
             state = state._replace(walks=walks)
+
+
+def _are_few(at_work: Any, state: _State, number: int) -> Any:
+    """Whether no seed waits for a slot and most slots are empty."""
+    return (state.following >= number) & (_FEW * at_work <= state.row.shape[0])
+
+
+@jax.jit
+def _taken(state: _State, which: jax.Array, filled: jax.Array) -> _State:
+    """Some of the slots; those that are not filled have no seed."""
+    nobody = state.rows.status.shape[0] - 1
+    return state._replace(
+        row=jnp.where(filled, state.row[which], nobody),
+        walks=jax.tree.map(lambda leaf: leaf[which], state.walks),
+        log=_empty_log(which.shape[0]),
+    )
+
+
+def _empty_log(slots: int) -> _Log:
+    return _Log(
+        jnp.zeros((_STEPS, slots), jnp.int32),
+        jnp.zeros((_STEPS, slots), jnp.int8),
+        jnp.zeros((_STEPS, slots), jnp.int32),
+        jnp.zeros((_STEPS, slots), bool),
+    )
 
 
 def _report(
@@ -168,12 +200,7 @@ def _start(rules: Rules, key: jax.Array, source: _Seeds, slots: int) -> _State:
         jnp.zeros((number + 1, classes)),
     )
     row = jnp.arange(slots, dtype=jnp.int32)
-    log = _Log(
-        jnp.zeros((_STEPS, slots), jnp.int32),
-        jnp.zeros((_STEPS, slots), jnp.int8),
-        jnp.zeros((_STEPS, slots), jnp.int32),
-        jnp.zeros((_STEPS, slots), bool),
-    )
+    log = _empty_log(slots)
     walks = _fresh(rules, key, source, row, _CAPACITY)
     return _State(jnp.int32(0), jnp.int32(slots), row, walks, rows, log)
 
@@ -232,9 +259,11 @@ def _steps(
 
     def going(state: _State) -> jax.Array:
         room = state.walks.store.vectors.shape[1]
+        at_work = (state.row < number).sum()
         return (
             (state.step < _STEPS)
-            & jnp.any(state.row < number)
+            & (at_work > 0)
+            & ~_are_few(at_work, state, number)
             & jnp.all(state.walks.store.filled < room)
         )
 
