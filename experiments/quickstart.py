@@ -17,6 +17,7 @@ from experiments import (
     provenance,
     quickstart_agreement,
     quickstart_detection,
+    quickstart_difftest,
     quickstart_pictures,
     quickstart_protection,
     quickstart_pruning,
@@ -39,6 +40,7 @@ SECTIONS: tuple[Callable[[Case], page.Section], ...] = (
     quickstart_robust_pruning.robust_pruning,
     quickstart_protection.protection,
     quickstart_routes.routes,
+    quickstart_difftest.deviations,
 )
 
 _TITLE = "Slicing a network that reads handwritten digits"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+import difftest
 import nnslicer_jax as nns
 from experiments import (
     page,
@@ -20,14 +21,16 @@ from experiments import (
     quickstart_agreement,
     quickstart_case,
     quickstart_detection,
+    quickstart_difftest,
     quickstart_pictures,
     quickstart_pruning,
     quickstart_robust_pruning,
     quickstart_similarity,
 )
+from experiments.bench_difftest import eight_bits
 from experiments.quickstart_case import prepare
 from interpret import cdrp, detect
-from nnslicer_jax import attacks
+from nnslicer_jax import attacks, data
 from prune import criteria
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +146,7 @@ def test_every_section_is_there_and_says_where_it_comes_from(made):
         "Pruning a robust network",
         "What hiding the most valuable synapses protects",
         "The route of an image",
+        "Where an 8-bit network deviates",
         "How this page was made",
     ]
     assert "<dd>python -m experiments.quickstart --theta=0.3</dd>" in text
@@ -288,6 +292,20 @@ def test_routes_are_those_of_images_routed_alone(made, case):
     right = (case.test_predicted == case.test_labels).mean()
     top, bottom = re.search(r"critical channels: top ([\d.]+)%; bottom ([\d.]+)%", summary).groups()
     assert float(top) < float(bottom) <= 100 * right
+
+
+def test_deviations_are_those_of_a_search_of_the_same_pair(made, case):
+    _, read, _ = made
+    digits = data.load("digits")
+    pair = eight_bits(case.trained.model.apply, case.params, case.train_images)
+    found = difftest.search(
+        pair, digits.test_images[: quickstart_difftest.SEEDS], jax.random.key(0), variant="best",
+        max_queries=quickstart_difftest.QUERIES,
+    )  # fmt: skip
+    row = next(row for row in read.rows if row[0] == "on lines")
+    assert row[1] == f"{found.success.sum()} of {found.searched.sum()}"
+    assert row[2] == f"{np.median(found.queries[found.success]):g}"
+    assert found.success.sum() > 50 and difftest.confirm(pair, found)[found.success].all()
 
 
 def test_random_synapses_are_as_many_in_each_layer(case):
