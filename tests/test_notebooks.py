@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import difftest
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
 
@@ -42,3 +44,24 @@ def test_the_notebook_of_routes_runs(tmp_path, monkeypatch, capsys):
     assert ablations["top"].top1.mean() < ablations["bottom"].top1.mean()
     assert (tmp_path / "routes.safetensors").is_file()
     assert "told rightly" in capsys.readouterr().out
+
+
+def test_the_notebook_of_files_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names = {"__name__": "__main__"}
+    for cell in cells(ROOT / "experiments" / "notebooks" / "difftest.ipynb"):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    pair, found = names["pair"], names["found"]
+    assert names["agree"].mean() > 0.95
+    for result in found.values():
+        assert result.success.mean() > 0.5
+        original, compressed = pair.probabilities(result.triggers[result.success])
+        assert (original.argmax(1) != compressed.argmax(1)).all()
+    assert np.median(found["best"].queries) < np.median(found["released"].queries)
+    kept = difftest.SearchResult.load(tmp_path / "triggers.npz")
+    np.testing.assert_array_equal(kept.triggers, found["best"].triggers)
+    assert "confirmed: 1.0" in capsys.readouterr().out

@@ -12,8 +12,9 @@ def test_the_example_runs(capsys):
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     sliced = [line for line in lines if line.startswith("params/")]
-    routed = [line for line in lines if line not in sliced]
-    assert sliced and routed
+    told = [line for line in lines if line.startswith("made of")]
+    routed = [line for line in lines if line not in sliced + told]
+    assert sliced and routed and len(told) == 20
     for line in sliced:
         kept, size = re.fullmatch(
             r"params/\S+: (\d+) of (\d+) synapses in the slice", line
@@ -23,6 +24,11 @@ def test_the_example_runs(capsys):
     for line in routed:
         (count,) = re.fullmatch(r"\S+: ([\d.]+) channels are critical to an image", line).groups()
         assert float(count) > 0
+    for line in told:
+        original, compressed = re.fullmatch(
+            r"made of a \d: the network says (\d), its 8-bit twin (\d)", line
+        ).groups()
+        assert original != compressed
 
 
 def test_the_files_and_links_it_names_exist():

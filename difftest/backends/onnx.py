@@ -34,7 +34,8 @@ class ONNX:
 
     A model of whole numbers takes the pixels as they are unless a preprocessing is given, whose
     result is rounded. A file whose batch is fixed at n is asked n images at a time, the last ones
-    filled up.
+    filled up. Dynamic quantization scales activations over a whole batch, so that an answer depends
+    on the images beside it: give such a file a batch of 1.
     """
 
     def __init__(
