@@ -392,7 +392,7 @@ def _comparisons(case: Case, found: Found) -> list[dict[str, Any]]:
 
 def save_histogram(case: Case, found: Found, path: Path) -> None:
     """Figure 4: how many queries the searches needed."""
-    drawn: Figure = page.drawing(3.6)
+    drawn: Figure = page.drawing(4.2)
     ax = drawn.subplots()
     shown = [kind for kind in ("best", "released", "diffchaser") if kind in found]
     bins = np.geomspace(1, 1e5, 41)
@@ -408,7 +408,7 @@ def save_histogram(case: Case, found: Found, path: Path) -> None:
         )  # fmt: skip
     ax.set(xscale="log", xlabel="queries until a trigger", ylabel="% of the triggers")
     ax.set_title(case.title)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize="small")
     with replacing(path) as part, part.open("wb") as file:
         drawn.savefig(file, format="png")
 
