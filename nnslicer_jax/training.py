@@ -70,6 +70,9 @@ class TrainingOptions:
                 raise ValueError(f"{name}: expected {accepted}, got {getattr(self, name)!r}")
 
 
+Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
 class TrainState(NamedTuple):
     """What a step carries: [] int32 steps done, the model's variables, the optimiser's state."""
 
@@ -136,7 +139,7 @@ def optimizer(options: TrainingOptions, steps: int) -> optax.GradientTransformat
 
 
 def make_step(
-    model: nn.Module, options: TrainingOptions, steps: int
+    model: nn.Module, options: TrainingOptions, steps: int, loss: Loss | None = None
 ) -> Callable[..., tuple[TrainState, TrainInfo]]:
     """Builds the jitted step.
 
@@ -144,6 +147,7 @@ def make_step(
         model: called as ``model.apply(variables, x, train=True)``.
         options: as for ``train``.
         steps: length of the whole run, which the schedule needs.
+        loss: as for ``train``.
 
     Returns:
         A function of a state, images [B, H, W, C] uint8, labels [B] int32 and optionally
@@ -154,20 +158,20 @@ def make_step(
         hash(model)
     except TypeError:
         # Of a list or dictionary among its attributes, say.
-        return _new_step(model, options, steps)
-    return _shared_step(model, options, steps)
+        return _new_step(model, options, steps, loss)
+    return _shared_step(model, options, steps, loss)
 
 
 @functools.lru_cache(maxsize=4)
 def _shared_step(
-    model: nn.Module, options: TrainingOptions, steps: int
+    model: nn.Module, options: TrainingOptions, steps: int, loss: Loss | None
 ) -> Callable[..., tuple[TrainState, TrainInfo]]:
     """Runs that differ in weights and masks alone, as those of a study do, share one program."""
-    return _new_step(model, options, steps)
+    return _new_step(model, options, steps, loss)
 
 
 def _new_step(
-    model: nn.Module, options: TrainingOptions, steps: int
+    model: nn.Module, options: TrainingOptions, steps: int, loss: Loss | None
 ) -> Callable[..., tuple[TrainState, TrainInfo]]:
     method = optimizer(options, steps)
 
@@ -190,20 +194,23 @@ def _new_step(
             )
             targets = jax.nn.one_hot(labels, logits.shape[1])
             targets = optax.smooth_labels(targets, options.label_smoothing)
-            loss = optax.softmax_cross_entropy(logits, targets).mean()
-            return loss, (updated, (logits.argmax(1) == labels).sum())
+            if loss is None:
+                value = optax.softmax_cross_entropy(logits, targets).mean()
+            else:
+                value = loss(logits, targets, x)
+            return value, (updated, (logits.argmax(1) == labels).sum())
 
         params = state.variables["params"]
         value_and_grad = jax.value_and_grad(loss_function, has_aux=True)
-        (loss, (updated, correct)), gradient = value_and_grad(params)
+        (value, (updated, correct)), gradient = value_and_grad(params)
         change, optimizer_state = method.update(gradient, state.optimizer, params)
         moved = optax.apply_updates(params, change)
         if trainable is not None:
             moved = jax.tree.map(jnp.where, trainable, moved, params)
         variables = {"params": moved, **updated}
-        finite = jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves((loss, variables))])
+        finite = jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves((value, variables))])
         return TrainState(state.step + 1, variables, optimizer_state), TrainInfo(
-            loss, correct, finite.all()
+            value, correct, finite.all()
         )
 
     return jax.jit(step, donate_argnums=0)
@@ -227,6 +234,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     variables: Any = None,
     trainable: Any = None,
+    loss: Loss | None = None,
 ) -> Any:
     """Trains a classifier, going on from the last checkpoint if there is one.
 
@@ -244,6 +252,9 @@ def train(
         trainable: which weights are trained, bool arrays in the structure and shapes of
             ``variables["params"]``; the others stay as they are to the bit, weight decay
             included. Batch statistics follow the data all the same. None trains every weight.
+        loss: what is made small, of logits [B, K], targets [B, K] (the labels, smoothed as the
+            options say) and images [B, H, W, C] in [0, 1]: a scalar. Its ``str`` tells the runs of
+            a checkpoint folder apart. None: the cross-entropy.
 
     Returns:
         The trained variables, as ``model.apply`` takes them.
@@ -273,6 +284,8 @@ def train(
     if trainable is not None:
         _check_trainable(trainable, variables["params"])
         run["trainable"] = checkpoint.digest(trainable)
+    if loss is not None:
+        run["loss"] = str(loss)
     state = TrainState(
         jnp.zeros((), jnp.int32),
         variables,
@@ -294,7 +307,7 @@ def train(
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state, trainable = jax.device_put((state, trainable), whole)
-    step = make_step(model, options, total)
+    step = make_step(model, options, total, loss)
     pending: list[TrainInfo] = []
     progress = Progress("trained", total, "steps", done) if show else None
     order_epoch, order = -1, np.empty(0, np.int64)

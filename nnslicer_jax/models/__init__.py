@@ -21,7 +21,7 @@ from nnslicer_jax.models.resnet10 import ResNet10
 from nnslicer_jax.models.resnet18 import ResNet18
 from nnslicer_jax.models.resnet20 import ResNet20
 from nnslicer_jax.models.resnet50 import ResNet50
-from nnslicer_jax.models.vgg16 import VGG16
+from nnslicer_jax.models.vgg16 import VGG11, VGG16
 from nnslicer_jax.models.vgg16_imagenet import VGG16ImageNet
 from nnslicer_jax.models.wide_resnet import WRN28x4, WRN28x10
 
@@ -40,6 +40,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "resnet18": ResNet18,
     "resnet20": ResNet20,
     "resnet50": ResNet50,
+    "vgg11": VGG11,
     "vgg16": VGG16,
     "vgg16_imagenet": VGG16ImageNet,
     "wrn28_10": WRN28x10,

@@ -1,4 +1,4 @@
-"""VGG-16 with batch norm for 32x32 images, 15.3 M parameters.
+"""VGG-16 and VGG-11 with batch norm for 32x32 images, 15.3 and 9.8 M parameters.
 
 Simonyan, Zisserman, "Very deep convolutional networks", 2015, in the layout of Sehwag, Wang,
 Mittal, Jana, "HYDRA", 2020: four max poolings, averages over a 2x2 grid, dense layers 256-256.
@@ -10,6 +10,7 @@ import jax
 from nnslicer_jax.models.residual import convolution
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_ELEVEN = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 
 class VGG16(nn.Module):
@@ -21,6 +22,7 @@ class VGG16(nn.Module):
     num_classes: int = 10
     mean: float = 0.5
     std: float = 0.5
+    stages: tuple[tuple[int, ...], ...] = _STAGES
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -30,7 +32,7 @@ class VGG16(nn.Module):
                 f"x: VGG-16 takes images of a height and width divisible by 32, got {x.shape}"
             )
         x = (x - self.mean) / self.std
-        for stage, widths in enumerate(_STAGES):
+        for stage, widths in enumerate(self.stages):
             if stage > 0:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for features in widths:
@@ -43,3 +45,9 @@ class VGG16(nn.Module):
         for _ in range(2):
             x = nn.relu(nn.Dense(256)(x))
         return nn.Dense(self.num_classes)(x)
+
+
+class VGG11(VGG16):
+    """As VGG-16, with eight convolutions."""
+
+    stages: tuple[tuple[int, ...], ...] = _ELEVEN
