@@ -14,7 +14,6 @@ with different random seeds, 10,000 queries and 180 seconds a seed.
 """
 
 import dataclasses
-import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from matplotlib.figure import Figure
 
 import difftest
 from difftest import repair
-from experiments import page, record
+from experiments import page, pairs, record
 from experiments.provenance import ROOT, origin
 from experiments.robust_pruning import write
 from nnslicer_jax import checkpoint, data
@@ -486,7 +485,7 @@ def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     schedule = SCHEDULES[given.schedule]
     about = origin(data="", seeds=range(schedule.searches))
-    find = importlib.import_module("experiments.pairs").pair
+    find = pairs.pair
     found, made = {}, []
     try:
         for name in given.pairs:
