@@ -421,11 +421,11 @@ def _factors(
 ) -> list[dict[str, Any]]:
     """How many times as many queries a trigger costs after the repair."""
     made = []
-    for words, pairs in (
+    for words, both in (
         ("", [(cell.before, cell.after) for cell in cells]),
         (", unseen seeds", [(cell.unseen_before, cell.unseen_after) for cell in cells]),
     ):
-        values = [two.queries / one.queries for one, two in pairs if one.queries and two.queries]
+        values = [two.queries / one.queries for one, two in both if one.queries and two.queries]
         if not values:
             continue
         mean, spread = _mean(values)

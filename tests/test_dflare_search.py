@@ -91,7 +91,7 @@ def test_images_of_a_file_that_holds_none(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     find = SimpleNamespace(pair=lambda name: (None, "digits", None))
-    monkeypatch.setattr(study.importlib, "import_module", lambda name: find)
+    monkeypatch.setattr(study, "pairs", find)
     path = tmp_path / "images.npz"
     np.savez(path, something=np.zeros(3))
     with pytest.raises(ValueError, match="images.npz: no test_images and test_labels"):
