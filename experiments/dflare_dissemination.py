@@ -1,0 +1,407 @@
+"""What the cost of a trigger says of a compressed model: figures 5, 6 and 7.
+
+Tian et al., TOSEM 2023, section 5.4. 5.4.1: of the weights of an original model a share p is made
+larger or smaller by 10 %; the more there are, the fewer queries a trigger should need. 5.4.2: of a
+network one convolution at a time is pruned; accuracies are alike, the queries differ. The paper
+takes VGG-16 for it and does not say how much is pruned.
+
+``python -m experiments.dflare_dissemination --pairs_dir ... --data_dir ...`` takes two cores about
+half an hour with ``--schedule cpu``, which leaves DiffChaser (figure 7b) out.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+
+import difftest
+import nnslicer_jax as nns
+from difftest.diffchaser import diffchase
+from experiments import page, pairs
+from experiments.provenance import ROOT, origin
+from experiments.robust_pruning import write
+from nnslicer_jax import data, training, zoo
+from nnslicer_jax.atomic import replacing
+from nnslicer_jax.checkpoint import claim, digest
+from prune import masks
+
+TITLE = "Dissemination: what the cost of a trigger says of a compressed model"
+TEXT = (
+    "Tian et al., TOSEM 2023, section 5.4. Above, weights of the original model changed by 10 %, "
+    "up or down at random: queries and seconds of the released search, and their Pearson "
+    "correlation with the share of weights that was changed. Below, networks in which one "
+    "convolution was pruned by magnitude, without fine-tuning: accuracy, and the cost of a "
+    "trigger. Seconds are a seed's share of its batches. Means are over the seeds from which a "
+    "trigger was found."
+)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+CHANGE = 0.1
+
+
+class Published(NamedTuple):
+    """Pearson correlation of the share with seconds and with queries."""
+
+    seconds: float
+    queries: float
+
+
+PUBLISHED = {"lenet5": Published(-0.989, -0.972), "resnet20": Published(-0.968, -0.967)}
+TITLES = {"lenet5": "LeNet-5", "resnet20": "ResNet-20"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How much is run.
+
+    Attributes:
+      changed: Seeds and random seeds of 5.4.1, by network.
+      pruned: Seeds and random seeds of 5.4.2.
+      chased: Seeds of DiffChaser there.
+      accuracy: Test images that accuracies are of; None: all.
+      max_queries: Of one seed.
+      share: Of a convolution's weights that is pruned.
+    """
+
+    changed: dict[str, tuple[int, int]]
+    pruned: tuple[int, int]
+    chased: int
+    accuracy: int | None
+    max_queries: int = 10_000
+    share: float = 0.1
+
+
+SCHEDULES = {
+    "cpu": Schedule({"lenet5": (300, 3), "resnet20": (60, 2)}, (60, 1), 0, None, 2_000),
+    "published": Schedule(
+        {"lenet5": (500, 5), "resnet20": (500, 5)}, (500, 5), 500, None, 1_000_000
+    ),
+    "tiny": Schedule({"lenet5": (6, 1)}, (5, 1), 2, 40, 100),
+}
+
+
+class Cost(NamedTuple):
+    """Means over seeds, one a random seed: queries, seconds, and success in per cent."""
+
+    queries: list[float]
+    seconds: list[float]
+    success: list[float]
+
+
+def changed(params: Any, share: float, key: jax.Array) -> Any:
+    """The parameters, of which a share of the weights is 10 % larger or smaller, at random.
+
+    Args:
+      params: Any pytree; leaves of at least two axes are weights.
+      share: 0..1; each array's number of changed weights is the nearest whole one.
+      key: Of the draw.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    made = []
+    for leaf, one in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
+        if jnp.ndim(leaf) < 2:
+            made.append(leaf)
+            continue
+        which, signs = jax.random.split(one)
+        order = jax.random.permutation(which, leaf.size).reshape(leaf.shape)
+        sign = jax.random.rademacher(signs, leaf.shape, leaf.dtype)
+        made.append(jnp.where(order < round(share * leaf.size), leaf * (1 + CHANGE * sign), leaf))
+    return jax.tree.unflatten(structure, made)
+
+
+def one_pruned(variables: Any, layer: tuple[str, ...], share: float) -> Any:
+    """The variables, 0 at the least weights of one layer's kernel."""
+    flat = dict(flax.traverse_util.flatten_dict(variables))
+    kernel = flat[layer]
+    kept = masks.topk({"kernel": jnp.abs(kernel)}, 1 - share)["kernel"]
+    flat[layer] = jnp.where(kept, kernel, 0)
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def convolutions(model: Any, variables: Any, shape: Sequence[int]) -> list[tuple[str, ...]]:
+    """Paths of the kernels of four axes, in the order in which an image meets them."""
+    graph = nns.trace(model.apply, variables, np.zeros((1, *shape), np.float32))
+    names = {value: name for name, value in graph.params.items()}
+    used = [
+        names[node.inputs[1]]
+        for node in graph.nodes
+        if node.primitive.name == "conv_general_dilated" and node.inputs[1] in names
+    ]
+    return [tuple(name.split("/")) for name in used]
+
+
+def cost(
+    pair: difftest.ModelPair, images: np.ndarray, count: int, searches: int, most: int,
+    chased: bool = False,
+) -> Cost:  # fmt: skip
+    """What triggers cost, from the same seeds for every pair."""
+    found = Cost([], [], [])
+    for search in range(searches):
+        seeds = images[np.random.default_rng(search).permutation(len(images))[:count]]
+        key = jax.random.key(search)
+        if chased:
+            result = diffchase(pair, seeds, key, max_queries=most)
+        else:
+            result = difftest.search(pair, seeds, key, max_queries=most)
+        good = result.success
+        found.success.append(100 * float(good.sum()) / max(1, int(result.searched.sum())))
+        found.queries.append(float(result.queries[good].mean()) if good.any() else float(most))
+        found.seconds.append(float(result.seconds[good].mean()) if good.any() else 0.0)
+    return found
+
+
+def kept(path: Path, made: Any) -> Any:
+    """What an earlier run wrote there, or what is made now, written."""
+    if path.exists():
+        return json.loads(path.read_text())
+    started = time.monotonic()
+    found = made()
+    with replacing(path) as part:
+        part.write_text(json.dumps(found))
+    print(f"{path.stem}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def correlation(
+    name: str, model: difftest.JaxModel, images: np.ndarray, schedule: Schedule, folder: Path
+) -> dict[float, Cost]:
+    """5.4.1 for one network: what a trigger costs at each share."""
+    count, searches = schedule.changed[name]
+    found = {}
+    for place, share in enumerate(SHARES):
+        params = changed(model.params, share, jax.random.key(place))
+        twin = dataclasses.replace(model, params=params)
+        # One compilation serves all: a warm start, so that seconds are those of searching.
+        pair = difftest.ModelPair(model, twin)
+
+        def run(pair: difftest.ModelPair = pair) -> Cost:
+            cost(pair, images, count, 1, schedule.max_queries)
+            return cost(pair, images, count, searches, schedule.max_queries)
+
+        found[share] = Cost(*kept(folder / f"{name}_{share}.json", run))
+    return found
+
+
+class Layer(NamedTuple):
+    """One convolution pruned: accuracy in per cent, and what triggers cost."""
+
+    name: str
+    accuracy: float
+    dflare: Cost
+    chased: Cost | None
+
+
+def layers(
+    network: str, dataset: data.Dataset, schedule: Schedule, folder: Path
+) -> tuple[float, list[Layer]]:
+    """5.4.2: the original's accuracy, and each network with one convolution pruned."""
+    trained = zoo.load(network)
+    model, variables = trained.model, trained.variables
+    images, labels = (
+        part[: schedule.accuracy] for part in (dataset.test_images, dataset.test_labels)
+    )
+
+    def accuracy(of: Any) -> float:
+        return 100 * training.count_correct(model, of, images, labels) / len(labels)
+
+    apply: Any = model.apply
+    original = difftest.jax_model(apply, variables)
+    count, searches = schedule.pruned
+    most = schedule.max_queries
+    whole = kept(folder / "whole.json", lambda: accuracy(variables))
+    found = []
+    seeds = np.asarray(dataset.test_images)
+    for place, path in enumerate(convolutions(model, variables, images.shape[1:])):
+        smaller = one_pruned(variables, path, schedule.share)
+        pair = difftest.ModelPair(original, difftest.jax_model(apply, smaller))
+
+        def run(pair: difftest.ModelPair = pair, smaller: Any = smaller) -> Any:
+            chased = None
+            if schedule.chased:
+                chased = cost(pair, seeds, schedule.chased, searches, most, chased=True)
+            cost(pair, seeds, min(count, 8), 1, most)
+            return [accuracy(smaller), cost(pair, seeds, count, searches, most), chased]
+
+        right, dflare, chased = kept(folder / f"layer_{place}.json", run)
+        name = "/".join(path[1:-1])
+        found.append(Layer(name, right, Cost(*dflare), None if chased is None else Cost(*chased)))
+    return whole, found
+
+
+# Results --------------------------------------------------------------------------------------
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"ours": float(np.mean(values)), "spread": spread}
+
+
+def correlation_rows(name: str, found: dict[float, Cost], schedule: Schedule) -> list[dict]:
+    """Fields of the rows of 5.4.1 for one network."""
+    count, searches = schedule.changed[name]
+    made = []
+    for share, one in found.items():
+        about = {"row": f"{TITLES[name]}, {share:.0%} of the weights", "n": count * searches}
+        made += [
+            {**about, "metric": "success rate", "unit": "%", **_mean(one.success)},
+            {**about, "metric": "mean queries", **_mean(one.queries)},
+            {**about, "metric": "mean seconds", "unit": "s", **_mean(one.seconds)},
+        ]
+    published = PUBLISHED[name]
+    for metric in ("queries", "seconds"):
+        values = [np.mean(getattr(one, metric)) for one in found.values()]
+        if len(set(values)) > 1:
+            made.append({
+                "row": TITLES[name], "metric": f"correlation of the share with mean {metric}",
+                "ours": round(float(np.corrcoef(list(found), values)[0, 1]), 3),
+                "published": getattr(published, metric), "n": len(values),
+            })  # fmt: skip
+    return made
+
+
+def layer_rows(
+    network: str, whole: float, found: list[Layer], schedule: Schedule
+) -> list[dict[str, Any]]:
+    """Fields of the rows of 5.4.2."""
+    made: list[dict[str, Any]] = [
+        {"row": network, "metric": "accuracy", "unit": "%", "ours": round(whole, 2)}
+    ]
+    count, searches = schedule.pruned
+    for place, layer in enumerate(found, 1):
+        row = f"{network}, convolution {place} of {len(found)} pruned"
+        note = f"{schedule.share:.0%} of {layer.name}"
+        made.append({"row": row, "metric": "accuracy", "unit": "%", "note": note,
+                     "ours": round(layer.accuracy, 2)})  # fmt: skip
+        for words, one, seeds in (
+            ("DFlare", layer.dflare, count), ("DiffChaser", layer.chased, schedule.chased)
+        ):  # fmt: skip
+            if one is None:
+                continue
+            about = {"row": f"{row}, {words}", "n": seeds * searches}
+            made += [
+                {**about, "metric": "success rate", "unit": "%", **_mean(one.success)},
+                {**about, "metric": "mean queries", **_mean(one.queries)},
+                {**about, "metric": "mean seconds", "unit": "s", **_mean(one.seconds)},
+            ]
+    queries = [np.mean(layer.dflare.queries) for layer in found]
+    right = [layer.accuracy for layer in found]
+    if len(set(right)) > 1 and len(set(queries)) > 1:
+        made.append({
+            "row": network, "metric": "correlation of accuracy with mean queries",
+            "ours": round(float(np.corrcoef(right, queries)[0, 1]), 3), "n": len(found),
+        })  # fmt: skip
+    return made
+
+
+def save_correlation(found: dict[str, dict[float, Cost]], path: Path) -> None:
+    """Figure 5."""
+    drawn: Figure = page.drawing(2.6 * len(found))
+    panels = drawn.subplots(len(found), 2, squeeze=False)
+    for line, (name, costs) in zip(panels, found.items(), strict=True):
+        for ax, metric, colour in zip(line, ("queries", "seconds"), page.COLOURS, strict=False):
+            shares = [100 * share for share in costs]
+            values = [np.mean(getattr(one, metric)) for one in costs.values()]
+            ax.plot(shares, values, "o-", color=colour)
+            ax.set(xlabel="% of the weights changed by 10 %", ylabel=f"mean {metric} a trigger",
+                   title=TITLES[name])  # fmt: skip
+            ax.set_ylim(bottom=0)
+    _save(drawn, path)
+
+
+def save_layers(network: str, whole: float, found: list[Layer], folder: Path) -> None:
+    """Figures 6 and 7."""
+    places = np.arange(1, len(found) + 1)
+    drawn: Figure = page.drawing(2.8)
+    ax = drawn.subplots()
+    ax.bar(places, [layer.accuracy for layer in found], color=page.COLOURS[0])
+    ax.axhline(whole, color="black", linestyle="--", label=f"nothing pruned: {whole:.2f} %")
+    shown = [whole, *(layer.accuracy for layer in found)]
+    ax.set(xlabel="convolution that is pruned", ylabel="accuracy, %", title=network,
+           ylim=(min(shown) - 1, max(shown) + 1), xticks=places)  # fmt: skip
+    ax.legend(frameon=False, fontsize="small")
+    _save(drawn, folder / "layers_accuracy.png")
+    kinds = [("DFlare", [layer.dflare for layer in found])]
+    chased = [layer.chased for layer in found if layer.chased is not None]
+    if chased:
+        kinds.append(("DiffChaser", chased))
+    drawn = page.drawing(2.6 * len(kinds))
+    panels = drawn.subplots(len(kinds), 2, squeeze=False)
+    for line, (words, costs) in zip(panels, kinds, strict=True):
+        for ax, metric, colour in zip(line, ("queries", "seconds"), page.COLOURS, strict=False):
+            ax.bar(places, [np.mean(getattr(one, metric)) for one in costs], color=colour)
+            ax.set(xlabel="convolution that is pruned", ylabel=f"mean {metric} a trigger",
+                   title=words)  # fmt: skip
+    _save(drawn, folder / "layers_cost.png")
+
+
+def _save(drawn: Figure, path: Path) -> None:
+    with replacing(path) as part, part.open("wb") as file:
+        drawn.savefig(file, format="png")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
+    given = flags.FLAGS
+    schedule = SCHEDULES[given.schedule]
+    about = origin(data="", seeds=range(max(n for _, n in schedule.changed.values())))
+    folder = Path(given.work or f"out/dflare_dissemination/{given.schedule}")
+    figures = Path(given.figures)
+    made: list[dict[str, Any]] = []
+    curves: dict[str, dict[float, Cost]] = {}
+    try:
+        if given.pairs_dir:
+            for name in schedule.changed:
+                pair, called, _ = pairs.pair(name, given.data_dir, given.pairs_dir)
+                original: Any = pair.original
+                dataset = data.load(called, given.data_dir)
+                images = np.asarray(dataset.test_images)
+                claim(folder / name, {"images": digest(images), "count": schedule.changed[name]})
+                curves[name] = correlation(name, original, images, schedule, folder / name)
+                rows = correlation_rows(name, curves[name], schedule)
+                made += [{**row, "data": _said(dataset)} for row in rows]
+            save_correlation(curves, figures / "correlation.png")
+        dataset = data.load(zoo.load(given.network).card["data"], given.data_dir)
+        own = folder / given.network
+        claim(own, {"pruned": list(schedule.pruned), "share": schedule.share,
+                    "images": digest(np.asarray(dataset.test_images))})  # fmt: skip
+        found = layers(given.network, dataset, schedule, own)
+        made += [{**row, "data": _said(dataset)}
+                 for row in layer_rows(given.network, *found, schedule)]  # fmt: skip
+        save_layers(given.network, *found, figures)
+    except (OSError, ValueError, difftest.ModelError) as error:
+        sys.exit(f"error: {error}")
+    write(Path(given.out), "dflare_dissemination", TITLE, TEXT, about, made)
+
+
+def _said(dataset: data.Dataset) -> str:
+    jpeg = " (JPEG re-encodings)" if "JPEG" in dataset.note else ""
+    return f"{dataset.name}{jpeg}, test set"
+
+
+def _define_flags() -> None:
+    # Flags are global, and every study has an --out: defined here, modules import side by side.
+    flags.DEFINE_string("pairs_dir", None, "folder of the published pairs; None leaves 5.4.1 out")
+    flags.DEFINE_string("network", "resnet10_cifar10", "of the zoo, whose convolutions are pruned")
+    flags.DEFINE_string("data_dir", None, "folder searched first for the data sets")
+    flags.DEFINE_enum("schedule", "cpu", sorted(SCHEDULES), "how much is run")
+    results = ROOT / "experiments" / "results" / "dflare_dissemination.json"
+    flags.DEFINE_string("out", str(results), "results file")
+    flags.DEFINE_string("work", None, "folder for what is done so far")
+    flags.DEFINE_string("figures", "out/dflare_dissemination", "folder of the figures")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)
