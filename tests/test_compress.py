@@ -75,3 +75,12 @@ def test_the_pairs_are_rows_of_the_papers_table():
     titles = {" ".join(made.row) for made in pairs.MADE.values()}
     assert len(pairs.MADE) == len(titles) == 15
     assert titles >= {title for title in dflare_search.TABLE_4 if "8-bit" not in title}
+
+
+@pytest.mark.parametrize("name", [name for name in pairs.MADE if "mnist" in name])
+def test_shipped_pairs_agree_on_most_noise_and_answer(name):
+    pair, dataset, row = pairs.pair(name)
+    assert dataset == "mnist" and row.compression in ("Prune", "Quantization")
+    images = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 1)).astype(np.uint8)
+    original, compressed = pair.probabilities(images)
+    assert original.shape == (8, 10) and np.abs(original - compressed).max() > 0
