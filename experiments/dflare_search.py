@@ -317,6 +317,8 @@ def run(case: Case, schedule: Schedule, work: Path, show: bool = False) -> Found
         main = KINDS[kind].main
         for search in range(schedule.searches[0 if main else 1]):
             result = run_cell(case, schedule, kind, search, folder)
+            # Programs of all kinds and sizes together outgrow what the system lets one map.
+            jax.clear_caches()
             found.setdefault(kind, []).append(result)
             if show:
                 told = summary(case.pair, result)
