@@ -5,8 +5,9 @@
 Ways: "pruned", the least weights of every layer, then fine-tuned; "structured", whole filters
 likewise; "hydra", weights by learned scores; "sliced", the synapses in no slice of the training
 images' classes; "quantized", weights and activations to 8 bits; "distilled", a smaller network
-that learns the original's answers. A twin of 8 bits is the original's weights rounded anew: its
-card alone is written, with the ranges of its activations.
+that learns the original's answers; "onnx", a file of 8 bits that onnxruntime made and runs. A
+twin of 8 bits in JAX is the original's weights rounded anew: its card alone is written, with the
+ranges of its activations.
 """
 
 import dataclasses
@@ -25,13 +26,15 @@ from absl import app, flags, logging
 
 import difftest
 import nnslicer_jax as nns
+from difftest import export
+from difftest.load import load_model
 from experiments import provenance
 from nnslicer_jax import data, models, training, zoo
 from nnslicer_jax.atomic import replacing
 from prune import distill, hydra, lwm, quantize
 from prune.stages import Run, Stage
 
-HOW = ("pruned", "quantized", "distilled", "structured", "hydra", "sliced")
+HOW = ("pruned", "quantized", "distilled", "structured", "hydra", "sliced", "onnx")
 # Made here, and shipped.
 FOLDERS = (
     provenance.ROOT / "out" / "compressed",
@@ -99,8 +102,8 @@ def compress(
         "original_accuracy": trained.card["test_accuracy"],
     }  # fmt: skip
     name = twin_name(network, how)
-    if how == "quantized":
-        return _quantized(name, trained, dataset, options, out, card)
+    if how in ("quantized", "onnx"):
+        return _eight_bits_of(name, trained, dataset, options, out, card)
     model_name, variables = _made(how, trained, dataset, options, out / "runs" / name)
     flat = flax.traverse_util.flatten_dict(variables["params"])
     kernels = [np.asarray(value) for value in flat.values() if np.ndim(value) > 1]
@@ -164,21 +167,30 @@ def _sliced(trained: zoo.Trained, dataset: data.Dataset) -> Any:
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _quantized(
+def _eight_bits_of(
     name: str, trained: zoo.Trained, dataset: data.Dataset, options: Options, out: Path,
     card: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    images = data.to_float(np.asarray(dataset.train_images[: options.calibration]))
-    graph = nns.trace(trained.model.apply, trained.variables, images[:1])
-    ranges = quantize.ranges(graph, trained.variables, images)
-    card["ranges"] = {key: [float(low), float(high)] for key, (low, high) in ranges.items()}
-    twin = eight_bits(trained, card["ranges"])
+    pixels = np.asarray(dataset.train_images[: options.calibration])
+    out.mkdir(parents=True, exist_ok=True)
+    twin: difftest.pair.Model
+    if card["how"] == "onnx":
+        apply: Any = trained.model.apply
+        whole = out / f"{name}_float.onnx"
+        export.to_onnx(whole, apply, trained.variables, pixels.shape[1:])
+        export.quantize_onnx(whole, out / f"{name}.onnx", pixels)
+        twin = load_model(out / f"{name}.onnx")
+    else:
+        images = data.to_float(pixels)
+        graph = nns.trace(trained.model.apply, trained.variables, images[:1])
+        ranges = quantize.ranges(graph, trained.variables, images)
+        card["ranges"] = {key: [float(low), float(high)] for key, (low, high) in ranges.items()}
+        twin = eight_bits(trained, card["ranges"])
     right = 0
     for start in range(0, len(dataset.test_labels), 256):
         some = np.asarray(dataset.test_images[start : start + 256])
         right += int((twin(some).argmax(1) == dataset.test_labels[start : start + 256]).sum())
     card["test_accuracy"] = right / len(dataset.test_labels)
-    out.mkdir(parents=True, exist_ok=True)
     with replacing(out / f"{name}.json") as part:
         part.write_text(json.dumps({"name": name, **card}, indent=2) + "\n")
     return card
@@ -198,8 +210,8 @@ def eight_bits(trained: zoo.Trained, ranges: Mapping[str, Sequence[float]]) -> d
     return difftest.jax_model(apply, weights.params())
 
 
-def load(network: str, how: str, folders: Sequence[Path] = FOLDERS) -> difftest.JaxModel:
-    """Loads a twin.
+def load(network: str, how: str, folders: Sequence[Path] = FOLDERS) -> difftest.pair.Model:
+    """Loads a twin: a `JaxModel`, or of "onnx" a function that onnxruntime runs.
 
     Args:
       network: A name of the zoo.
@@ -219,6 +231,8 @@ def load(network: str, how: str, folders: Sequence[Path] = FOLDERS) -> difftest.
         )
     if how == "quantized":
         return eight_bits(zoo.load(network), json.loads(path.read_text())["ranges"])
+    if how == "onnx":
+        return load_model(path.with_suffix(".onnx"))
     card = zoo.read_card(path)
     module = models.create(card["model"], card["num_classes"])
     weights = zoo.read_weights(path.with_suffix(".safetensors"), card)

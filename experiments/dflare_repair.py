@@ -14,6 +14,7 @@ with different random seeds, 10,000 queries and 180 seconds a seed.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -485,7 +486,7 @@ def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     schedule = SCHEDULES[given.schedule]
     about = origin(data="", seeds=range(schedule.searches))
-    find = pairs.pair
+    find = functools.partial(pairs.pair, pairs_dir=given.pairs_dir)
     found, made = {}, []
     try:
         for name in given.pairs:
@@ -503,6 +504,7 @@ def main(argv: Sequence[str]) -> None:
 def _define_flags() -> None:
     # Flags are global, and every study has an --out: defined here, modules import side by side.
     flags.DEFINE_list("pairs", list(DEFAULT_PAIRS), "of experiments.pairs")
+    flags.DEFINE_string("pairs_dir", None, "folder of the published pairs' files")
     flags.DEFINE_string("data_dir", None, "folder searched first for the data set")
     flags.DEFINE_enum("schedule", "cpu", sorted(SCHEDULES), "how much is run")
     results = ROOT / "experiments" / "results" / "dflare_repair.json"

@@ -27,6 +27,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("how", compress.HOW)
 def test_a_twin_is_made_and_read_again(how, digits, folder):
+    if how == "onnx":
+        pytest.importorskip("jax2onnx")
     options = dataclasses.replace(OPTIONS, student="mlp") if how == "distilled" else OPTIONS
     card = compress.compress("digits_cnn", how, digits, options, folder, "python -m x")
     twin = compress.load("digits_cnn", how, [folder])
