@@ -1,0 +1,108 @@
+"""DiffChaser's genetic search carried over to audio, the baseline of section 6.1.
+
+Xie et al., "DiffChaser", IJCAI 2019; Tian et al., TOSEM 2023, section 6.1, who do not say how they
+carried it over. A sentence's pool is mutated, spliced in pairs, and kept by k-uncertainty: here the
+least lead, over both models and all outputs of a sentence, of the most likely symbol over the next
+(k = 2). The pool's size is ours.
+"""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difftest.speech import mutations, transcripts
+from difftest.speech.recogniser import SpeechPair
+from difftest.speech.search import SpeechResult, ask, check, opening
+
+
+def diffchase(
+    pair: SpeechPair,
+    audio: np.ndarray,
+    lengths: np.ndarray,
+    key: jax.Array,
+    *,
+    pool_size: int = 50,
+    max_queries: int = 1_000,
+    timeout: float = 180.0,
+) -> SpeechResult:
+    """Searches, from each sentence, audio of which the two models hear different words.
+
+    Args:
+        pair: the models.
+        audio: int16 ``[N, S]``, zeros from the lengths on.
+        lengths: int32 ``[N]``, samples.
+        key: sentence n draws with ``fold_in(key, n)``.
+        pool_size: sentences of a generation, at least 2.
+        max_queries: of one sentence; queries count up to the first trigger, in order.
+        timeout: seconds of one sentence.
+
+    Returns:
+        As ``search``; chains are empty.
+
+    Raises:
+        ValueError: sentences, models' outputs or an option are not accepted.
+    """
+    check(audio, lengths, max_queries, timeout, pool_size)
+    if pool_size < 2:
+        raise ValueError(f"pool_size is {pool_size}; accepted is 2 or more")
+    rows = opening(pair, audio, lengths, pool_size)
+    for place in np.flatnonzero(rows.status == "budget"):
+        _chase(pair, jax.random.fold_in(key, int(place)), rows, int(place), pool_size,
+               max_queries, timeout)  # fmt: skip
+    return rows
+
+
+def _chase(
+    pair: SpeechPair, key: jax.Array, rows: SpeechResult, place: int, pool_size: int,
+    max_queries: int, timeout: float,
+) -> None:  # fmt: skip
+    started = time.perf_counter()
+    pool = (
+        jnp.repeat(jnp.asarray(rows.audio[place])[None], pool_size, axis=0),
+        jnp.repeat(jnp.asarray(rows.lengths[place])[None], pool_size),
+    )
+    margins = np.zeros(pool_size)
+    generation = 0
+    while rows.queries[place] < max_queries and time.perf_counter() - started < timeout:
+        children = _children(jax.random.fold_in(key, generation), *pool)
+        answer = ask(pair, *children)
+        differ = np.asarray(transcripts.disagree(*map(jnp.asarray, answer.words)))
+        left = max_queries - int(rows.queries[place])
+        first = np.flatnonzero(differ)[:1]
+        if len(first) and first[0] < left:
+            rows.queries[place] += int(first[0]) + 1
+            rows.status[place] = "found"
+            rows.audio[place] = np.asarray(children[0])[first[0]]
+            rows.lengths[place] = int(children[1][first[0]])
+            rows.heard[:, place] = answer.words[:, first[0]]
+            break
+        rows.queries[place] += min(pool_size, left)
+        # Copies of the seed are no competitors.
+        known = margins if generation else np.full(pool_size, np.inf)
+        everyone = np.concatenate([known, answer.margin])
+        best = jnp.asarray(np.argsort(everyone, kind="stable")[:pool_size])
+        pool = jax.tree.map(partial(_taken, best), pool, children)
+        margins = everyone[np.asarray(best)]
+        generation += 1
+    rows.seconds[place] = time.perf_counter() - started
+
+
+@jax.jit
+def _taken(which: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.concatenate([old, new])[which]
+
+
+@jax.jit
+def _children(key: jax.Array, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each sentence's end put onto another's beginning, and the whole mutated."""
+    mates, cuts, operators, amounts = jax.random.split(key, 4)
+    other = jax.random.randint(mates, lengths.shape, 0, len(lengths))
+    shorter = jnp.minimum(lengths, lengths[other])
+    cut = (jax.random.uniform(cuts, lengths.shape) * shorter).astype(jnp.int32)
+    first = jnp.arange(audio.shape[1])[None] < cut[:, None]
+    spliced = jnp.where(first, audio[other], audio)
+    names = jax.random.randint(operators, lengths.shape, 0, len(mutations.NAMES))
+    return mutations.mutate_batch(names, jax.random.split(amounts, len(lengths)), spliced, lengths)

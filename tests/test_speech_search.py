@@ -1,0 +1,150 @@
+"""The searches of audio on a pair whose words are its loudness and length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difftest.speech import genetic, mutations, search, transcripts
+from difftest.speech.recogniser import SpeechPair
+
+SIZE = 1600
+KEY = jax.random.key(3)
+
+
+def listener(limit):
+    """Hears word 1 in loud sentences and word 0 in quiet ones, then how long they are."""
+
+    @jax.jit
+    def probabilities(audio, lengths):
+        real = jnp.arange(SIZE)[None] < lengths[:, None]
+        power = jnp.where(real, jnp.square(audio / 32768.0), 0).sum(1) / lengths
+        loud = jax.nn.sigmoid(20 * (jnp.log10(power + 1e-9) - limit))
+        word = jnp.stack([jnp.full_like(loud, 1e-3), 1 - loud, loud], 1)
+        blank = jnp.tile(jnp.array([[1.0, 0, 0]]), (len(loud), 1))
+        found = jnp.stack([word, blank], 1)
+        return found / found.sum(2, keepdims=True)
+
+    return probabilities
+
+
+PAIR = SpeechPair(listener(-2.0), listener(-1.9))
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(800, SIZE, 5).astype(np.int32)
+    loudness = np.array([300, 1500, 2400, 6000, 9000])[:, None]
+    audio = (loudness * np.sin(np.arange(SIZE) * 0.3)[None]).astype(np.int16)
+    return np.where(np.arange(SIZE)[None] < lengths[:, None], audio, 0).astype(np.int16), lengths
+
+
+@pytest.fixture(scope="module")
+def found(seeds):
+    return search.search(PAIR, *seeds, KEY, max_queries=150)
+
+
+def words_of(result):
+    return [np.asarray(transcripts.greedy(model(result.audio, result.lengths))) for model in PAIR]
+
+
+def test_triggers_trigger_and_replay(found, seeds):
+    assert found.success.sum() >= 4
+    ours, theirs = words_of(found)
+    differ = np.asarray(transcripts.disagree(jnp.asarray(ours), jnp.asarray(theirs)))
+    np.testing.assert_array_equal(differ, found.success)
+    np.testing.assert_array_equal(found.heard[0], ours)
+    for place in np.flatnonzero(found.success):
+        chain = found.chains[place]
+        assert chain[-1][1] + 1 == found.queries[place]
+        audio, length = search.replay(seeds[0][place], int(seeds[1][place]), KEY, int(place), chain)
+        np.testing.assert_array_equal(audio, found.audio[place])
+        assert length == found.lengths[place]
+
+
+def test_a_sentence_does_not_depend_on_its_company(found, seeds):
+    again = search.search(PAIR, *seeds, KEY, max_queries=150, batch_size=2)
+    np.testing.assert_array_equal(again.queries, found.queries)
+    np.testing.assert_array_equal(again.audio, found.audio)
+
+
+def test_the_walk_is_that_of_the_released_code(seeds):
+    """One sentence, step by step, from the formulas."""
+    audio, length = seeds[0][0], int(seeds[1][0])
+    own = jax.random.fold_in(KEY, 0)
+    tried, succeeded, last = np.zeros(4), np.zeros(4), -1
+    answer = search.ask(PAIR, audio[None], np.array([length]))
+    best, store = 0.0, [answer.vectors[0]]
+    chain = []
+    for query in range(12):
+        from difftest import select
+
+        state = select.SelectState(
+            jnp.int32(last), jnp.asarray(tried, jnp.int32), jnp.asarray(succeeded, jnp.int32)
+        )
+        choice, mutation = jax.random.split(jax.random.fold_in(own, query))
+        operator = int(select.draw(choice, state, "ranked"))
+        mutants = mutations.mutate_batch(
+            jnp.array([operator]), mutation[None], jnp.asarray(audio)[None], jnp.array([length])
+        )
+        answer = search.ask(PAIR, *mutants)
+        tried[operator] += 1
+        new = all(((answer.vectors[0] - old) ** 2).sum() > 0.5 for old in store)
+        gain = abs(answer.confidence[0, 0] - answer.confidence[1, 0]) - best
+        store += [answer.vectors[0]] if new else []
+        differ = answer.words[0, 0].tolist() != answer.words[1, 0].tolist()
+        if differ or abs(gain) > 1e-3 or new:
+            succeeded[operator] += 1
+            last = operator
+            chain.append((mutations.NAMES[operator], query))
+        if differ:
+            break
+        if abs(gain) > 1e-3 or new:
+            best += gain
+            audio, length = np.asarray(mutants[0][0]), int(mutants[1][0])
+    one = search.search(PAIR, seeds[0][:1], seeds[1][:1], KEY, max_queries=12)
+    assert one.queries[0] == query + 1
+    if one.success[0]:
+        assert list(one.chains[0]) == chain
+
+
+def test_budgets_and_seeds_that_disagree(seeds):
+    twins = SpeechPair(PAIR.original, PAIR.original)
+    none = search.search(twins, *seeds, KEY, max_queries=3)
+    assert (none.status == "budget").all() and (none.queries == 3).all()
+    np.testing.assert_array_equal(none.audio, seeds[0])
+    short = search.search(twins, *seeds, KEY, timeout=1e-9)
+    assert (short.status == "budget").all() and (short.queries == 1).all()
+    other = SpeechPair(listener(-9.0), listener(9.0))
+    already = search.search(other, *seeds, KEY)
+    assert (already.status == "disagrees").all() and not already.queries.any()
+    nothing = search.search(PAIR, seeds[0][:0], seeds[1][:0], KEY)
+    assert len(nothing.status) == 0
+
+
+def test_the_genetic_search_counts_up_to_its_trigger(seeds):
+    result = genetic.diffchase(PAIR, *seeds, KEY, pool_size=8, max_queries=60)
+    assert result.success.sum() >= 3
+    ours, theirs = words_of(result)
+    differ = np.asarray(transcripts.disagree(jnp.asarray(ours), jnp.asarray(theirs)))
+    np.testing.assert_array_equal(differ, result.success)
+    assert (result.queries[result.success] >= 1).all() and (result.queries <= 60).all()
+    twins = SpeechPair(PAIR.original, PAIR.original)
+    none = genetic.diffchase(twins, *(one[:1] for one in seeds), KEY, pool_size=8, max_queries=20)
+    assert none.queries[0] == 20 and none.status[0] == "budget"
+
+
+def test_what_is_not_accepted_is_named(seeds):
+    audio, lengths = seeds
+    for given, options, text in (
+        ((audio.astype(float), lengths), {}, "audio: expected int16"),
+        ((audio, lengths[:2]), {}, "lengths: expected 5 whole numbers from 1 to 1600"),
+        ((audio, lengths), {"max_queries": 0}, "max_queries is 0"),
+        ((audio, lengths), {"timeout": 0}, "timeout is 0"),
+        ((audio, lengths), {"selection": "best"}, "selection is 'best'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            search.search(PAIR, *given, KEY, **options)
+    with pytest.raises(ValueError, match="pool_size is 1; accepted is 2 or more"):
+        genetic.diffchase(PAIR, audio, lengths, KEY, pool_size=1)
