@@ -35,8 +35,9 @@ TITLE = "Speech to text: audio on which a recogniser of 8 bits hears other words
 TEXT = (
     "Tian et al., TOSEM 2023, table 9. A recogniser of spoken digits (convolutions, CTC) is "
     "trained on sentences of all speakers but those held out; weights and activations are then "
-    "rounded to 8 bits. From sentences of the held-out speakers DFlare and a genetic search (DiffChaser) "
-    "stretch time, shift pitch and time and change the volume until the two transcripts differ. "
+    "rounded to 8 bits. From sentences of the held-out speakers DFlare and a genetic search "
+    "(DiffChaser) stretch time, shift pitch and time and change the volume until the two "
+    "transcripts differ. "
     "Word error rate: words replaced, left out or put in, of those said. The published figures are "
     "DeepSpeech's, versions 0.9.3 and 0.8.2, whose sentences are longer and whose models are "
     "slower; how the searches were carried over to audio is not published in detail."
