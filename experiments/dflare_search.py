@@ -317,13 +317,13 @@ def run(case: Case, schedule: Schedule, work: Path, show: bool = False) -> Found
         main = KINDS[kind].main
         for search in range(schedule.searches[0 if main else 1]):
             result = run_cell(case, schedule, kind, search, folder)
-            # Programs of all kinds and sizes together outgrow what the system lets one map.
-            jax.clear_caches()
             found.setdefault(kind, []).append(result)
             if show:
                 told = summary(case.pair, result)
                 words = f"{case.title}, {KINDS[kind].words}, random seed {search}: {told}"
                 print(words, file=sys.stderr, flush=True)
+        # Programs of all kinds and sizes together outgrow what the system lets one map.
+        jax.clear_caches()
     return found
 
 
