@@ -38,13 +38,14 @@ MODELS = {
     "resnet18": ((32, 32, 3), 11_173_962),
     "resnet20": ((32, 32, 3), 269_722),
     "resnet50": ((224, 224, 3), 25_557_032 - 990 * 2049),
+    "vgg11": ((32, 32, 3), 9_225_984 + 2049 * 256 + 257 * 256 + 2570),
     "vgg16": ((32, 32, 3), 15_316_042),
     "vgg16_imagenet": ((224, 224, 3), 138_357_544 - 990 * 4097),
     "wrn28_10": ((32, 32, 3), 36_479_194),
     "wrn28_4": ((32, 32, 3), 5_849_050),
 }
 IMAGENET = ("alexnet", "resnet50", "vgg16_imagenet")
-SMALL = sorted(set(MODELS) - {"resnet18", "vgg16", "wrn28_10", "wrn28_4", *IMAGENET})
+SMALL = sorted(set(MODELS) - {"resnet18", "vgg11", "vgg16", "wrn28_10", "wrn28_4", *IMAGENET})
 
 
 def abstract_variables(name, **options):
