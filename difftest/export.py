@@ -4,9 +4,11 @@ There is no converter to TensorFlow Lite that installs without TensorFlow: make 
 TensorFlow's own, and load them with ``load_model``.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -76,7 +78,7 @@ def to_onnx(
     traced = jax.make_jaxpr(plain)(jax.ShapeDtypeStruct(shape, np.float32))
     try:
         # Its own rules broadcast over ranks.
-        with jax.numpy_rank_promotion("allow"):
+        with jax.numpy_rank_promotion("allow"), _left_as_it_is(jnp):
             model = converter.to_onnx(core.jaxpr_as_fun(traced), inputs=[shape])
     except Exception as error:  # Of any type, for an operation it lacks.
         raise ValueError(f"{path}: the function cannot be converted ({one_line(error)})") from None
@@ -92,6 +94,16 @@ def to_onnx(
     with replacing(path) as part:
         onnx.save(model, str(part))
     return path
+
+
+@contextlib.contextmanager
+def _left_as_it_is(module: ModuleType) -> Iterator[None]:
+    """Puts back what is replaced in a module meanwhile: the converter leaves its own cumsum."""
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def _pooled(equation: Any, x: jax.Array) -> jax.Array | None:

@@ -38,6 +38,12 @@ def test_the_file_is_the_function(folder, digits):
     )
 
 
+def test_the_converter_leaves_jax_as_it_was(folder):
+    assert (folder / "float.onnx").is_file()
+    assert jnp.cumsum.__module__.startswith("jax.")
+    np.testing.assert_array_equal(jnp.cumsum(jnp.arange(4), 0), [0, 1, 3, 6])
+
+
 def test_a_fixed_batch_probabilities_and_a_preprocessing(tmp_path, digits):
     def apply(params, x):
         return jax.nn.softmax(x.reshape(x.shape[0], -1) @ params["kernel"])
