@@ -19,18 +19,16 @@ def ask(
         classes: what the models gave before; None: not known yet.
 
     Returns:
-        float32 ``[B, K]`` twice, rows of zeros where there is an error, and ``[B]`` errors.
-
-    Raises:
-        ModelError: every image failed and the number of classes is not known.
+        float32 ``[B, K]`` twice, rows of zeros where there is an error, and ``[B]`` errors. K is
+        0 where every image failed and the number of classes is not known.
     """
     if not len(images):
         nothing = np.zeros((0, classes or 0), np.float32)
         return nothing, nothing, []
     try:
         return *_checked(pair, images, classes), [None] * len(images)
-    except ModelError as error:
-        whole = error
+    except ModelError:
+        pass
     answers: list[tuple[np.ndarray, np.ndarray] | None] = []
     errors: list[str | None] = []
     for image in images:
@@ -41,10 +39,8 @@ def ask(
             answers.append(None)
             errors.append(str(error))
     known = next((answer for answer in answers if answer is not None), None)
-    if known is None and classes is None:
-        raise whole
-    size = classes if known is None else known[0].shape[1]
-    original, compressed = np.zeros((2, len(images), size or 0), np.float32)
+    size = (classes or 0) if known is None else known[0].shape[1]
+    original, compressed = np.zeros((2, len(images), size), np.float32)
     for row, answer in enumerate(answers):
         if answer is not None:
             original[row], compressed[row] = answer[0][0], answer[1][0]

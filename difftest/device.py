@@ -104,7 +104,13 @@ def run(
     state = _start(rules, key, source, slots)
     accepted_by: list[list[tuple[str, int]]] = [[] for _ in waiting]
     reported = np.zeros(len(waiting), bool)
+    compiled: tuple[int, ...] = ()
     while not reported.all():
+        if state.walks.store.vectors.shape != compiled:
+            # Nobody's time: with all slots empty it ends at once.
+            empty = state._replace(row=jnp.full_like(state.row, len(waiting)))
+            jax.block_until_ready(_steps(models, rules, max_queries, params, key, source, empty))
+            compiled = state.walks.store.vectors.shape
         started = time.perf_counter()
         state = _steps(models, rules, max_queries, params, key, source, state)
         steps = int(state.step)
@@ -134,7 +140,7 @@ def run(
             _report(rows, seeds, waiting, begun, state.rows, status, new, accepted_by)
             reported[new] = True
             save()
-        if int(state.walks.store.filled.max()) >= state.walks.store.vectors.shape[1]:
+        if not bool(_have_room(state, len(waiting))):
             walks = state.walks._replace(store=fitness.grown(state.walks.store))
             state = state._replace(walks=walks)
 
@@ -142,6 +148,12 @@ def run(
 def _are_few(at_work: Any, state: _State, number: int) -> Any:
     """Whether no seed waits for a slot and most slots are empty."""
     return (state.following >= number) & (_FEW * at_work <= state.row.shape[0])
+
+
+def _have_room(state: _State, number: int) -> jax.Array:
+    """Whether no slot that has a seed has a full store."""
+    full = state.walks.store.filled >= state.walks.store.vectors.shape[1]
+    return ~jnp.any(full & (state.row < number))
 
 
 @jax.jit
@@ -258,13 +270,12 @@ def _steps(
     number = source.images.shape[0]
 
     def going(state: _State) -> jax.Array:
-        room = state.walks.store.vectors.shape[1]
         at_work = (state.row < number).sum()
         return (
             (state.step < _STEPS)
             & (at_work > 0)
             & ~_are_few(at_work, state, number)
-            & jnp.all(state.walks.store.filled < room)
+            & _have_room(state, number)
         )
 
     def step(state: _State) -> _State:

@@ -5,7 +5,8 @@ the seed; in each generation pairs of it are crossed, mutated and asked about, a
 decision boundary of either model are favoured, until one disagrees. The fitness, k-uncertainty, is
 the difference of a model's largest and k-th largest probability.
 
-From the papers: the pool, crossover of pairs, mutation by the operators that DFlare took over,
+From the papers: the pool, crossover of pairs, mutation by the operators that DFlare took over (in
+the arithmetic of its released code, so that published counts are of the same mutations),
 k-uncertainty of either model, the limit of 180 seconds. The papers at hand state no sizes, so these
 are ours: a pool of 1,000, the published query counts (1,500 to 6,700) being a few such pools; a
 crossover ratio of 0.8; k = 2; tournaments of two; uniform crossover of positions, all channels of
@@ -14,7 +15,6 @@ one from one parent; one mutation a child.
 
 import time
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ import numpy as np
 from difftest import mutate
 from difftest.ask import ask
 from difftest.pair import ModelPair
-from difftest.result import SearchResult, empty, finish
-from difftest.search import check_seeds
+from difftest.result import SearchResult, finish
+from difftest.seeds import checked_key, checked_seeds, labelled
 from difftest.walk import within
 
 _SEEDS_AT_A_TIME = 128
@@ -103,10 +103,8 @@ def diffchase(
         ValueError: seeds or an option are not accepted.
         ModelError: the models fail on every seed.
     """
-    check_seeds(seeds)
     _check(pool_size, crossover_ratio, k, tournament_size, table, max_queries, timeout, max_l2)
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-    key = key if typed else jax.random.wrap_key_data(key)
+    seeds, key = checked_seeds(seeds), checked_key(key)
     settings = {
         "pool_size": int(pool_size),
         "crossover_ratio": float(crossover_ratio),
@@ -117,9 +115,9 @@ def diffchase(
         "timeout": float(timeout),
         "keep_label": bool(keep_label),
         "max_l2": None if max_l2 is None else float(max_l2),
-        "drawn_with": np.asarray(jax.random.key_data(key)).tolist(),
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
-    rows = _labelled(pair, seeds, settings)
+    rows = labelled(pair, seeds, "diffchaser", settings, _SEEDS_AT_A_TIME)
     if k > rows.outputs_original.shape[1] and len(seeds):
         raise ValueError(f"k is {k}; accepted are 2 to {rows.outputs_original.shape[1]}, classes")
     for place in np.flatnonzero(rows.status == "waiting").tolist():
@@ -218,30 +216,6 @@ def _mutants(
     operators = jax.random.randint(key_operators, (count,), 0, len(mutate.NAMES))
     mutants = mutate.mutate_batch(table, operators, jax.random.split(key_each, count), images)
     return jax.vmap(partial(within, max_l2, seed))(mutants)
-
-
-def _labelled(pair: ModelPair, seeds: np.ndarray, settings: dict[str, Any]) -> SearchResult:
-    """Rows with the models' answers to the seeds themselves."""
-    originals, others, errors = [], [], []
-    classes = None
-    for start in range(0, len(seeds), _SEEDS_AT_A_TIME):
-        original, compressed, failures = ask(pair, seeds[start : start + _SEEDS_AT_A_TIME], classes)
-        classes = original.shape[1]
-        originals.append(original)
-        others.append(compressed)
-        errors += failures
-    rows = empty(seeds, classes or 0, "diffchaser", settings)
-    if not originals:
-        return rows
-    rows.outputs_original[:], rows.outputs_compressed[:] = map(np.concatenate, (originals, others))
-    rows.errors[:] = errors
-    failed = np.array([error is not None for error in errors])
-    labels = rows.outputs_original.argmax(axis=1)
-    rows.seed_labels[:] = np.where(failed, -1, labels)
-    rows.status[~failed & (labels != rows.outputs_compressed.argmax(axis=1))] = "disagrees"
-    rows.status[failed] = "error"
-    rows.keeps_label[:] = ~failed
-    return rows
 
 
 def _check(

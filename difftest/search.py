@@ -14,14 +14,13 @@ import jax
 import numpy as np
 
 from difftest import device, lines, lockstep
-from difftest.ask import ask
 from difftest.pair import ModelPair
-from difftest.result import SearchResult, empty
+from difftest.replay import same_answers
+from difftest.result import SearchResult
+from difftest.seeds import checked_key, checked_seeds, labelled
 from difftest.select import RULES
 from difftest.walk import VARIANTS
 from nnslicer_jax.checkpoint import digest
-
-NAMES = (*VARIANTS, "best")
 
 
 def search(
@@ -47,8 +46,8 @@ def search(
     Args:
         pair: the models.
         seeds: uint8 ``[N, H, W, C]``, height and width at least 8.
-        key: seed n draws with ``fold_in(key, n)``: what is found for it depends on no other seed
-            (but for "best", which goes towards the others).
+        key: of JAX's default generator, threefry; seed n draws with ``fold_in(key, n)``: what is
+            found for it depends on no other seed (but for "best", which goes towards others).
         variant: "released", "paper" or "best".
         novelty: False is the ablation DFlare_D: a mutant must raise D.
         selection: how operators are chosen: "metropolis", "ranked", or "uniform", which is the
@@ -56,7 +55,8 @@ def search(
         keep_label: only inputs count that the original model gives the seed's label.
         max_l2: largest distance from the seed on the 0-1 scale; None: any.
         max_queries: of one seed.
-        timeout: seconds of one seed: its share of the time of the batches that it was in.
+        timeout: seconds of one seed: its share of the time of the batches that it was in, but
+            for the first batch of each size, in which programs are compiled.
         batch_size: seeds searched at a time.
         checkpoint: a file; finished seeds are kept there, and a search that was ended begins with
             those.
@@ -68,7 +68,8 @@ def search(
         ValueError: seeds or an option are not accepted, or the checkpoint is another search's.
         ModelError: the models fail on every seed.
     """
-    _check(seeds, variant, selection, max_l2, max_queries, timeout, batch_size)
+    _check(variant, selection, max_l2, max_queries, timeout, batch_size)
+    seeds, key = checked_seeds(seeds), checked_key(key)
     settings = {
         "novelty": bool(novelty),
         "selection": selection,
@@ -76,16 +77,20 @@ def search(
         "max_l2": None if max_l2 is None else float(max_l2),
         "max_queries": int(max_queries),
         "timeout": float(timeout),
-        "key": np.asarray(jax.random.key_data(_typed(key))).tolist(),
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
-    rows = _labelled(pair, seeds, variant, settings, batch_size)
+    rows = labelled(pair, seeds, variant, settings, batch_size)
     rows.settings["seeds"] = digest([seeds, rows.seed_labels])
     answers = np.stack([rows.outputs_original, rows.outputs_compressed])
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        _resume(path, rows)
-    rules = VARIANTS["paper" if variant == "best" else variant]._replace(
-        novelty=bool(novelty), keep_label=bool(keep_label), max_l2=settings["max_l2"]
+        _resume(path, pair, rows)
+    rules = VARIANTS[variant]
+    rules = rules._replace(
+        either=rules.either and bool(novelty),
+        novelty=bool(novelty),
+        keep_label=bool(keep_label),
+        max_l2=settings["max_l2"],
     )
     if selection is not None:
         rules = rules._replace(selection=selection)
@@ -102,7 +107,7 @@ def search(
         # What the lines have left over, walks.
         waiting = np.flatnonzero(rows.status == "waiting")
         run = device.run if pair.on_device else lockstep.run
-        run(pair, seeds, _typed(key), rules, rows, waiting, **options)
+        run(pair, seeds, key, rules, rows, waiting, **options)
     finally:
         saving.now()
     return rows
@@ -126,32 +131,8 @@ class _Saving:
             self.next = ended + 20 * (ended - started)
 
 
-def _labelled(
-    pair: ModelPair, seeds: np.ndarray, variant: str, settings: dict[str, Any], batch_size: int
-) -> SearchResult:
-    """Rows with the models' answers to the seeds themselves."""
-    answers = []
-    classes = None
-    for start in range(0, len(seeds), batch_size):
-        answers.append(ask(pair, seeds[start : start + batch_size], classes))
-        classes = answers[-1][0].shape[1]
-    rows = empty(seeds, classes or 0, variant, settings)
-    if not answers:
-        return rows
-    for row, part in ((rows.outputs_original, 0), (rows.outputs_compressed, 1)):
-        row[:] = np.concatenate([answer[part] for answer in answers])
-    rows.errors[:] = [error for answer in answers for error in answer[2]]
-    failed = np.array([error is not None for error in rows.errors])
-    rows.seed_labels[:] = np.where(failed, -1, rows.outputs_original.argmax(axis=1))
-    agree = rows.seed_labels == rows.outputs_compressed.argmax(axis=1)
-    rows.status[failed] = "error"
-    rows.status[~failed & ~agree] = "disagrees"
-    rows.keeps_label[:] = ~failed
-    return rows
-
-
-def _resume(path: Path, rows: SearchResult) -> None:
-    """Takes over the rows that were finished."""
+def _resume(path: Path, pair: ModelPair, rows: SearchResult) -> None:
+    """Takes over the rows that were finished, if the pair still answers as they say."""
     old = SearchResult.load(path)
     mine, theirs = ({"variant": one.variant, **one.settings} for one in (rows, old))
     for name, value in mine.items():
@@ -160,6 +141,10 @@ def _resume(path: Path, rows: SearchResult) -> None:
                 f"checkpoint {path} is of another search: its {name} is "
                 f"{str(theirs.get(name))[:60]}, here it is {str(value)[:60]}"
             )
+    if not same_answers(pair, old):
+        raise ValueError(
+            f"checkpoint {path} is of another pair: these models answer its images otherwise"
+        )
     done = old.status != "waiting"
     for name, array in vars(rows).items():
         if isinstance(array, np.ndarray):
@@ -168,13 +153,7 @@ def _resume(path: Path, rows: SearchResult) -> None:
         rows.chains[place], rows.errors[place] = old.chains[place], old.errors[place]
 
 
-def _typed(key: jax.Array) -> jax.Array:
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if typed else jax.random.wrap_key_data(key)
-
-
 def _check(
-    seeds: np.ndarray,
     variant: str,
     selection: str | None,
     max_l2: float | None,
@@ -182,11 +161,10 @@ def _check(
     timeout: float,
     batch_size: int,
 ) -> None:
-    if variant not in NAMES:
-        raise ValueError(f"variant is {variant!r}; accepted are {', '.join(NAMES)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; accepted are {', '.join(VARIANTS)}")
     if selection is not None and selection not in RULES:
         raise ValueError(f"selection is {selection!r}; accepted are {', '.join(RULES)} or None")
-    check_seeds(seeds)
     for name, value in (("max_queries", max_queries), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name} is {value!r}; accepted are whole numbers from 1")
@@ -194,18 +172,3 @@ def _check(
         raise ValueError(f"timeout is {timeout!r}; accepted are seconds above 0")
     if max_l2 is not None and not max_l2 > 0:
         raise ValueError(f"max_l2 is {max_l2!r}; accepted are distances above 0, or None")
-
-
-def check_seeds(seeds: Any) -> None:
-    """Checks images to start from.
-
-    Raises:
-        ValueError: not uint8 ``[N, H, W, C]`` with height and width of at least 8.
-    """
-    shape, dtype = getattr(seeds, "shape", None), getattr(seeds, "dtype", None)
-    if shape is None or len(shape) != 4 or dtype != np.uint8 or min(shape[1:3]) < 8 or not shape[3]:
-        given = type(seeds).__name__ if shape is None else f"{dtype} {tuple(shape)}"
-        raise ValueError(
-            f"seeds are {given}; accepted are uint8 images [N, H, W, C] with height and width of "
-            "at least 8"
-        )

@@ -34,9 +34,14 @@ def init(n: int) -> SelectState:
 
 
 def ranks(key: jax.Array, state: SelectState) -> jax.Array:
-    """Rank of each operator by success / (tried + 1e-7), ties shuffled: int32 ``[n]``, 0 best."""
-    rate = state.succeeded / (state.tried + 1e-7)
-    order = jnp.lexsort((jax.random.uniform(key, rate.shape), -rate))
+    """Rank of each operator by success / (tried + 1e-7), ties shuffled: int32 ``[n]``, 0 best.
+
+    The 1e-7 is lost in 32 bits; what it does is that of equal rates above 0 the one that was tried
+    more often comes first.
+    """
+    rate = state.succeeded / jnp.maximum(state.tried, 1)
+    often = jnp.where(state.succeeded > 0, state.tried, 0)
+    order = jnp.lexsort((jax.random.uniform(key, rate.shape), -often, -rate))
     return jnp.argsort(order).astype(jnp.int32)
 
 

@@ -41,6 +41,8 @@ class Rules(NamedTuple):
 VARIANTS = {
     "paper": Rules("clean", False, True, "metropolis", False),
     "released": Rules("released", True, False, "ranked", True),
+    # What its lines (``lines.py``) leave over.
+    "best": Rules("clean", False, True, "metropolis", False),
 }
 
 
@@ -121,9 +123,10 @@ def within(max_l2: float | None, seed: jax.Array, image: jax.Array) -> jax.Array
     if max_l2 is None:
         return image
     change = image.astype(jnp.float32) - seed.astype(jnp.float32)
-    # Squares of whole numbers are summed as whole numbers: the same on every machine.
-    whole = change.astype(jnp.int32)
-    length = jnp.sqrt(jnp.sum(whole * whole).astype(jnp.float32))
+    # Squares of whole numbers are summed as whole numbers, the same on every machine, and in two
+    # parts: of a large image the sum itself has no room in 32 bits.
+    whole = jnp.square(change.astype(jnp.int32))
+    length = jnp.sqrt((whole >> 8).sum() * jnp.float32(256) + (whole & 255).sum())
     # Truncation never lengthens; the factor stays a little short of the float32 rounding.
     factor = jnp.minimum(1.0, max_l2 * 255 / jnp.maximum(length, 1e-6)) * (1 - 1e-6)
     moved = jnp.trunc(change * factor)

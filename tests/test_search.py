@@ -1,12 +1,16 @@
 """The search: against the paper's algorithm step by step, on the device and on the host."""
 
 import json
+import os
+import time
 
 import jax
 import numpy as np
 import pytest
 
 import difftest
+from difftest import clock, device, lockstep, walk
+from difftest.backends.process import ProcessModel
 from difftest.result import distance
 from tests.naive import dflare
 from tests.pairs import KEY, as_black_box, linear_pair, seeds
@@ -31,6 +35,7 @@ def _same(one, other):
         ("released", {}),
         ("paper", {"novelty": False}),
         ("released", {"selection": "uniform"}),
+        ("released", {"novelty": False}),
     ],
 )
 def test_the_walk_is_algorithm_1(variant, options):
@@ -84,6 +89,23 @@ def test_a_distance_budget_replays_too():
     result = difftest.search(PAIR, SEEDS, KEY, variant="paper", max_l2=0.8, max_queries=100)
     assert result.success.sum() > 3
     assert (difftest.replay(result, SEEDS) == result.triggers).all()
+
+
+def test_a_distance_budget_holds_on_large_images():
+    rng = np.random.default_rng(0)
+    for seed, image in (
+        (np.full((224, 224, 3), 240, np.uint8), np.full((224, 224, 3), 40, np.uint8)),
+        tuple(rng.integers(0, 256, (2, 300, 300, 3)).astype(np.uint8)),
+    ):
+        moved = np.asarray(walk.within(4.0, seed, image))
+        assert 1 < distance(moved[None], seed[None])[0] <= 4.0
+
+
+def test_the_label_is_asked_again_where_it_is_kept():
+    result = difftest.search(PAIR, SEEDS, KEY, variant="best", keep_label=True, max_queries=50)
+    assert (difftest.confirm(PAIR, result) == result.success).all()
+    result.seed_labels[:] = (result.seed_labels + 1) % 4
+    assert not difftest.confirm(PAIR, result).any()
 
 
 def test_seeds_that_already_disagree_are_reported_apart():
@@ -158,6 +180,75 @@ def test_a_failure_costs_only_its_own_seed():
     assert set(result.status) <= {"found", "disagrees", "error", "budget"}
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_first_batch_may_fail_whole(batch_size):
+    bad = SEEDS[:8].copy()
+    bad[0, 0, 0] = 7
+
+    def breaks(images):
+        if (images[:, 0, 0] == 7).any():
+            raise RuntimeError("seven")
+        return PAIR.compressed(images)
+
+    pair = difftest.ModelPair(PAIR.original, breaks)
+    result = difftest.search(pair, bad, KEY, max_queries=3, batch_size=batch_size)
+    assert result.errors[0] == "the compressed model failed: seven"
+    assert result.status[0] == "error" and (result.status[1:] != "waiting").all()
+    assert set(result.status[1:]) - {"error"}
+    with pytest.raises(difftest.ModelError, match="seven"):
+        difftest.search(pair, bad[:1], KEY)
+
+
+def odd_child():
+    """What a child process runs: it crashes or hangs on mutants of some kinds, not on seeds."""
+    known = {image.tobytes() for image in SEEDS}
+
+    def model(images):
+        for image in images:
+            if image.tobytes() not in known and image.sum() % 40 == 0:
+                os._exit(3)
+            if image.tobytes() not in known and image.sum() % 40 == 1:
+                time.sleep(60)
+        return PAIR.compressed(images)
+
+    return model
+
+
+def test_a_process_that_crashes_and_hangs_costs_only_those_seeds():
+    with ProcessModel("tests.test_search:odd_child", timeout=2.0) as model:
+        pair = difftest.ModelPair(PAIR.original, model)
+        result = difftest.search(pair, SEEDS[:12], KEY, max_queries=20)
+    said = {error.split("the process ")[1].split(":")[0] for error in result.errors if error}
+    assert said == {"ended with status 3", "hung"}
+    assert result.success.any()
+    assert set(result.status) <= {"found", "disagrees", "error", "budget"}
+    for place, error in enumerate(result.errors):
+        assert (error is not None) == (result.status[place] == "error")
+
+
+@pytest.mark.parametrize("search", [device, lockstep])
+def test_stores_that_are_full_grow(search, monkeypatch):
+    pair = linear_pair(apart=0.15, classes=7)
+    pair = pair if search is device else as_black_box(pair)
+    options = {"variant": "paper", "max_queries": 90}
+    whole = difftest.search(pair, SEEDS, KEY, **options)
+    monkeypatch.setattr(search, "_CAPACITY", 1)
+    _same(difftest.search(pair, SEEDS, KEY, **options), whole)
+    assert (whole.queries > 5).any()
+
+
+def test_the_first_step_of_a_size_is_not_timed(monkeypatch):
+    now = iter((0.0, 1.0, 5.0, 6.0, 8.0))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    timed = clock.Clock()
+    timed.start()
+    assert timed.seconds(4) == 0
+    timed.start()
+    assert timed.seconds(4) == 4
+    timed.start()
+    assert timed.seconds(2) == 0
+
+
 def test_nan_on_the_device_is_that_seeds_error():
     def apply(params, x):
         logits = x.reshape(len(x), -1) @ params
@@ -206,6 +297,9 @@ def test_a_search_that_was_ended_goes_on(tmp_path):
     assert sum(asked) < whole.queries.sum() + len(SEEDS)
     with pytest.raises(ValueError, match="of another search: its max_queries is 200, here it is 9"):
         difftest.search(pair, SEEDS, KEY, checkpoint=path, **{**options, "max_queries": 9})
+    other = difftest.ModelPair(PAIR.original, as_black_box(linear_pair(0.3)).compressed)
+    with pytest.raises(ValueError, match="is of another pair"):
+        difftest.search(other, SEEDS, KEY, checkpoint=path, **options)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a saved search result"):
         difftest.search(pair, SEEDS, KEY, checkpoint=path, **options)
@@ -231,6 +325,19 @@ def test_bad_options(options, message):
 def test_bad_seeds(bad):
     with pytest.raises(ValueError, match="seeds are .*; accepted are uint8 images"):
         difftest.search(PAIR, bad, KEY)
+
+
+def test_seeds_may_be_jax_arrays():
+    options = {"variant": "best", "max_queries": 30}
+    _same(
+        difftest.search(PAIR, jax.numpy.asarray(SEEDS), KEY, **options),
+        difftest.search(PAIR, SEEDS, KEY, **options),
+    )
+
+
+def test_keys_of_another_generator_are_refused():
+    with pytest.raises(ValueError, match="key is of the generator rbg; accepted is threefry2x32"):
+        difftest.search(PAIR, SEEDS, jax.random.key(0, impl="rbg"))
 
 
 def test_wrong_input_shape_is_the_models_error():

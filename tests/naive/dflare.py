@@ -41,7 +41,8 @@ def search(pair, seed, key, variant, max_queries, *, novelty=True, selection=Non
             seen.append(vector)
         gain = fitness - best
         if released:
-            accept = abs(gain) > 1e-3 or (novelty and new)
+            # DFlare_D, as the text has it: D must rise.
+            accept = (abs(gain) > 1e-3 or new) if novelty else gain > 1e-3
         else:
             accept = gain > 1e-3 or (novelty and new and abs(gain) <= 1e-3)
         if accept:
