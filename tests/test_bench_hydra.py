@@ -62,7 +62,7 @@ def _natural(variables, apply, images, labels):
     return float(-jax.nn.log_softmax(logits)[np.arange(len(labels)), labels].mean())
 
 
-def test_steps_in_pytorch_are_of_the_same_network():
+def test_steps_in_pytorch_are_of_the_same_network(monkeypatch):
     pytest.importorskip("torch", reason="needs torch: pip install -e .[bench]")
     model, variables, images = example("cnn_small")
     labels = np.arange(len(images)).astype(np.int32) % 10
@@ -74,8 +74,10 @@ def test_steps_in_pytorch_are_of_the_same_network():
     assert first() < expected
     for objective in torch_steps.OBJECTIVES:
         assert np.isfinite(run(network, objective, images, labels)())
+    # At the rate that is timed, one step may leave the same weights chosen.
+    monkeypatch.setattr(torch_steps, "_RATE", 0.1)
     scored = run(network, "natural", images, labels, keep=0.5)
-    kept = [np.array(kernel.detach()) for kernel in network.kernels]
+    kept = [kernel.detach().numpy().copy() for kernel in network.kernels]
     assert scored() != scored()
     for before, kernel in zip(kept, network.kernels, strict=True):
-        np.testing.assert_array_equal(kernel.detach(), before)
+        np.testing.assert_array_equal(kernel.detach().numpy(), before)
