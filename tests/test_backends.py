@@ -166,7 +166,7 @@ def write_tflite(path, into, out_of, weights, bias=None, layer="FullyConnected")
     opcodes = {"FullyConnected": schema.BuiltinOperator.FULLY_CONNECTED}
     opcodes["Reshape"] = schema.BuiltinOperator.RESHAPE
     code.builtinCode = code.deprecatedBuiltinCode = opcodes[layer]
-    code.version = 1 if into[1] != "int8" else 4
+    code.version = 4 if into[1] == "int8" and layer == "FullyConnected" else 1
     last = len(tensors) - 1
     operator = schema.OperatorT()
     operator.inputs, operator.outputs, operator.opcodeIndex = [*range(last)], [last], 0
@@ -242,6 +242,21 @@ def test_tflite_takes_pixels_as_they_are_without_a_scale(tmp_path):
     np.testing.assert_array_equal(load.load_model(path)(images), images.reshape(5, 12))
     halved = load.load_model(path, lambda x: x / 2)(images)
     np.testing.assert_array_equal(halved, np.round(images.reshape(5, 12) / 2))
+
+
+def test_tflite_of_int8_without_a_scale_needs_a_preprocessing(tmp_path):
+    path = write_tflite(
+        tmp_path / "reshape.tflite",
+        ((1, 2, 2, 3), "int8", 0, 0),
+        ((1, 12), "int8", 0, 0),
+        (np.array([1, 12]), "int32", 0, 0),
+        layer="Reshape",
+    )
+    with pytest.raises(ValueError, match=r"reshape\.tflite: takes int8 without a scale, which hol"):
+        load.load_model(path)
+    images = pictures(5)
+    centred = load.load_model(path, lambda x: x - 128)(images)
+    np.testing.assert_array_equal(centred, images.reshape(5, 12) - 128.0)
 
 
 def test_tflite_of_another_size_is_one_line(tmp_path):
@@ -452,6 +467,16 @@ def test_onnx_with_channels_first(onnxruntime, tmp_path):
     np.testing.assert_allclose(model(images), expected, atol=1e-5)
 
 
+def test_onnx_of_int8_needs_a_preprocessing(onnxruntime, tmp_path):
+    path = write_onnx(tmp_path / "dense.onnx", "INT8")
+    with pytest.raises(ValueError, match=r"dense\.onnx: takes int8, which holds no pixel above 12"):
+        load.load_model(path)
+    images = pictures(3)
+    model = load.load_model(path, lambda x: x - 128, outputs="logits")
+    expected = softmax(logits(images.astype(np.float32) - 128))
+    np.testing.assert_allclose(model(images), expected, atol=1e-5)
+
+
 def test_onnx_of_another_size_is_one_line(onnxruntime, tmp_path):
     model = load.load_model(write_onnx(tmp_path / "dense.onnx"))
     with pytest.raises(difftest.ModelError, match=r"takes \[any, 2, 2, 3\], the .* are \[1, 4, 2"):
@@ -516,6 +541,33 @@ def test_a_model_in_a_process_breaks_alone():
             with pytest.raises(difftest.ModelError) as error:
                 model(first_pixel(pixel))
             assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def told(images):
+    """A model that says what the first pixel is."""
+    return np.array([[1 - image[0, 0, 0] / 100, image[0, 0, 0] / 100] for image in images])
+
+
+def teller():
+    return told
+
+
+@pytest.mark.parametrize("when", ["asking", "loading"])
+def test_an_interrupted_call_leaves_no_answer_behind(monkeypatch, when):
+    with ProcessModel("tests.test_backends:teller") as model:
+        assert model(first_pixel(10, 1))[0, 1] == pytest.approx(0.1)
+        if when == "loading":
+            model.close()
+
+        def interrupted(channel):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("difftest.backends.process._Channel.receive", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model(first_pixel(90, 1))
+        assert model._child is None
+        assert model(first_pixel(10, 1))[0, 1] == pytest.approx(0.1)
 
 
 def test_a_model_in_a_process_takes_arguments():

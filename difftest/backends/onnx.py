@@ -33,9 +33,10 @@ class ONNX:
     """An ``.onnx`` file: uint8 ``[B, H, W, C]`` -> float32 ``[B, K]``.
 
     A model of whole numbers takes the pixels as they are unless a preprocessing is given, whose
-    result is rounded. A file whose batch is fixed at n is asked n images at a time, the last ones
-    filled up. Dynamic quantization scales activations over a whole batch, so that an answer depends
-    on the images beside it: give such a file a batch of 1.
+    result is rounded; one of int8, which holds no pixel above 127, needs it. A file whose batch is
+    fixed at n is asked n images at a time, the last ones filled up. Dynamic quantization scales
+    activations over a whole batch, so that an answer depends on the images beside it: give such a
+    file a batch of 1.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class ONNX:
             workers: threads of the runtime, at least 1; None: one a core.
 
         Raises:
-            ValueError: not a model, more than one input or output, or bad options.
+            ValueError: not a model, more than one input or output, bad options, or an input of
+                int8 without a preprocessing.
             ModuleNotFoundError: onnxruntime is not installed.
         """
         check_outputs(outputs)
@@ -88,6 +90,11 @@ class ONNX:
             )
         self._name = inputs[0].name
         self._dtype = np.dtype(_TYPES[inputs[0].type])
+        if self._dtype == np.int8 and preprocess is None:
+            raise ValueError(
+                f"{path}: takes int8, which holds no pixel above 127; give a preprocess to "
+                "-128..127"
+            )
         # A size is a number, or a name or None where it is left open.
         self._shape = list(inputs[0].shape)
         self._batch = self._shape[0] if self._shape and isinstance(self._shape[0], int) else None

@@ -151,6 +151,9 @@ class ProcessModel:
         except (ValueError, KeyError, TypeError):
             self.close()
             raise ModelError(f"{doing}, the process gave no answer that can be read") from None
+        except BaseException:  # An interrupt: the answer still to come is to these images.
+            self.close()
+            raise
         if array is None:  # A child that loaded no model is of no use.
             self.close()
         raise ModelError(f"{self.source}: {str(answer['error'])[:300]}")

@@ -30,7 +30,8 @@ class TFLite:
     """A ``.tflite`` or ``.lite`` file: uint8 ``[B, H, W, C]`` -> float32 ``[B, K]``.
 
     Inputs and outputs of whole numbers are converted by the file's scale and zero point; where it
-    holds none, a model of whole numbers takes the pixels as they are.
+    holds none, a model of whole numbers takes the pixels as they are, but for one of int8, which
+    holds no pixel above 127 and needs a preprocessing.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class TFLite:
             workers: interpreters that run side by side, at least 1; None: one a core.
 
         Raises:
-            ValueError: not a model, more than one input or output, or bad options.
+            ValueError: not a model, more than one input or output, bad options, or an input of
+                int8 that has neither a scale nor a preprocessing.
             ModuleNotFoundError: ai-edge-litert is not installed.
         """
         check_outputs(outputs)
@@ -62,7 +64,13 @@ class TFLite:
         self.workers = workers or os.cpu_count() or 1
         self._content = self.path.read_bytes()
         self._idle: queue.LifoQueue[_Interpreter] = queue.LifoQueue()
-        self._idle.put(_Interpreter(self.path, self._content))
+        first = _Interpreter(self.path, self._content)
+        if preprocess is None and first.takes_pixels and first.input["dtype"] == np.int8:
+            raise ValueError(
+                f"{path}: takes int8 without a scale, which holds no pixel above 127; give a "
+                "preprocess to -128..127"
+            )
+        self._idle.put(first)
         self._made = 1
         self._threads: ThreadPoolExecutor | None = None
 
