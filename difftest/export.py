@@ -52,8 +52,8 @@ def to_onnx(
         The path.
 
     Raises:
-        ValueError: an option is not accepted, or the function has an operation that ONNX or the
-            converter lacks.
+        ValueError: an option is not accepted, or the function does not take that shape, or has an
+            operation that ONNX or the converter lacks.
         ModuleNotFoundError: jax2onnx is not installed.
     """
     path = Path(path)
@@ -75,12 +75,12 @@ def to_onnx(
     shape = (batch, *map(int, input_shape))
     # The converter replaces functions of Flax while it traces, by ones of fewer arguments.
     plain = rewritten(function, {"reduce_window_max": _pooled})
-    traced = jax.make_jaxpr(plain)(jax.ShapeDtypeStruct(shape, np.float32))
     try:
+        traced = jax.make_jaxpr(plain)(jax.ShapeDtypeStruct(shape, np.float32))
         # Its own rules broadcast over ranks.
         with jax.numpy_rank_promotion("allow"), _left_as_it_is(jnp):
             model = converter.to_onnx(core.jaxpr_as_fun(traced), inputs=[shape])
-    except Exception as error:  # Of any type, for an operation it lacks.
+    except Exception as error:  # Of any type, for a wrong shape or an operation it lacks.
         raise ValueError(f"{path}: the function cannot be converted ({one_line(error)})") from None
     zeros = {
         each.name
@@ -172,11 +172,12 @@ def quantize_onnx(
         model = onnx.load(str(path))
     except Exception as error:  # The parser's own types.
         raise ValueError(f"{path}: not an ONNX model ({one_line(error)})") from None
-    (name, size), *others = [
-        (each.name, each.type.tensor_type.shape.dim[0].dim_value) for each in model.graph.input
-    ]
-    if others:
-        raise ValueError(f"{path}: {1 + len(others)} inputs; accepted is one")
+    # Some writers list the weights among the inputs.
+    weights = {each.name for each in model.graph.initializer}
+    inputs = [each for each in model.graph.input if each.name not in weights]
+    if len(inputs) != 1 or not inputs[0].type.tensor_type.shape.dim:
+        raise ValueError(f"{path}: {len(inputs)} inputs; accepted is one, of images")
+    name, size = inputs[0].name, inputs[0].type.tensor_type.shape.dim[0].dim_value
     x = prepared(np.asarray(images), preprocess)
     size = size or min(_BATCH, len(x))
     # A fixed batch takes whole batches only: the last images are repeated.
@@ -203,8 +204,6 @@ def quantize_onnx(
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
             )
-    except ValueError:
-        raise
-    except Exception as error:  # The runtime's own types.
+    except Exception as error:  # The runtime's own types, and ValueErrors without the path.
         raise ValueError(f"{path}: cannot be quantized ({one_line(error)})") from None
     return out

@@ -112,6 +112,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path, digits):
     with pytest.raises(ValueError, match="the function cannot be converted") as caught:
         export.to_onnx(tmp_path / "a.onnx", strange, jnp.ones((8, 3)), shape)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"a\.onnx: the function cannot be converted") as caught:
+        export.to_onnx(tmp_path / "a.onnx", apply, kernel, (9, 9, 1))
+    assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
     images = digits.test_images
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -121,3 +124,34 @@ def test_what_cannot_be_written_is_one_line(tmp_path, digits):
         export.quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", images)
     with pytest.raises(ValueError, match="at least one, got none"):
         export.quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", images[:0])
+
+
+def test_weights_listed_as_inputs_are_no_inputs(folder, tmp_path, digits):
+    import onnx
+
+    model = onnx.load(folder / "float.onnx")
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(each.name, each.data_type, each.dims)
+        for each in model.graph.initializer
+    )
+    onnx.save(model, tmp_path / "listed.onnx")
+    images = digits.train_images[:64]
+    small = export.quantize_onnx(tmp_path / "listed.onnx", tmp_path / "small.onnx", images)
+    plain = export.quantize_onnx(folder / "float.onnx", tmp_path / "plain.onnx", images)
+    np.testing.assert_allclose(load_model(small)(images), load_model(plain)(images), atol=1e-6)
+
+
+def test_what_the_runtime_refuses_names_the_file(folder, tmp_path, digits):
+    # Images of another size than the file's: the runtime's own ValueError or another type.
+    images = np.zeros((2, 9, 9, 1), np.uint8)
+    with pytest.raises(ValueError, match=r"float\.onnx: cannot be quantized") as caught:
+        export.quantize_onnx(folder / "float.onnx", tmp_path / "b.onnx", images)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+    def refused(*_, **__):
+        raise ValueError("not\nthat")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("onnxruntime.quantization.quantize_static", refused)
+        with pytest.raises(ValueError, match=r"float\.onnx: cannot be quantized \(not that\)"):
+            export.quantize_onnx(folder / "float.onnx", tmp_path / "b.onnx", digits.test_images[:2])
