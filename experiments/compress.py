@@ -185,6 +185,7 @@ def _eight_bits_of(
         graph = nns.trace(trained.model.apply, trained.variables, images[:1])
         ranges = quantize.ranges(graph, trained.variables, images)
         card["ranges"] = {key: [float(low), float(high)] for key, (low, high) in ranges.items()}
+        card["weights_sha256"] = trained.card.get("weights_sha256")
         twin = eight_bits(trained, card["ranges"])
     right = 0
     for start in range(0, len(dataset.test_labels), 256):
@@ -230,14 +231,28 @@ def load(network: str, how: str, folders: Sequence[Path] = FOLDERS) -> difftest.
             f"--network {network} --how {how}"
         )
     if how == "quantized":
-        return eight_bits(zoo.load(network), json.loads(path.read_text())["ranges"])
-    if how == "onnx":
-        return load_model(path.with_suffix(".onnx"))
-    card = zoo.read_card(path)
-    module = models.create(card["model"], card["num_classes"])
-    weights = zoo.read_weights(path.with_suffix(".safetensors"), card)
-    apply: Any = module.apply
-    return difftest.jax_model(apply, weights)
+        trained = zoo.load(network)
+        return eight_bits(trained, _ranges(path, trained))
+    return load_model(path.with_suffix(".onnx" if how == "onnx" else ".safetensors"))
+
+
+def _ranges(path: Path, trained: zoo.Trained) -> Mapping[str, Sequence[float]]:
+    """Reads the ranges of a card of "quantized"; one of other weights is refused."""
+    try:
+        card = json.loads(path.read_text())
+        ranges = {name: (float(low), float(high)) for name, (low, high) in card["ranges"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not the card of a twin of 8 bits ({type(error).__name__}: {error})"
+        ) from None
+    # Cards made before this was noted say nothing.
+    made, now = card.get("weights_sha256"), trained.card.get("weights_sha256")
+    if made is not None and made != now:
+        raise ValueError(
+            f"{path}: its ranges are of other weights ({str(made)[:12]}, now {str(now)[:12]}); "
+            f"make it anew with: {card.get('command')}"
+        )
+    return ranges
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Compressed twins, and the pairs they make."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -71,6 +72,24 @@ def test_what_is_missing_is_named_with_its_command(digits, folder, monkeypatch, 
         pairs.pair("plainnet20_cifar10_pruned")
     with pytest.raises(ValueError, match="'lenet6' is unknown; known are lenet1"):
         pairs.pair("lenet6")
+
+
+def test_a_damaged_card_or_one_of_other_weights_is_one_line(digits, tmp_path):
+    card = compress.compress("digits_cnn", "quantized", digits, OPTIONS, tmp_path, "python -m x")
+    assert card["weights_sha256"] == zoo.load("digits_cnn").card["weights_sha256"]
+    path = tmp_path / "digits_cnn_quantized.json"
+    name = next(iter(card["ranges"]))
+    for text in ("{", "[]", "{}", json.dumps({"ranges": {name: [1]}}), json.dumps({"ranges": [1]})):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"_quantized\.json: not the card of a twin") as error:
+            compress.load("digits_cnn", "quantized", [tmp_path])
+        assert "\n" not in str(error.value)
+    path.write_text(json.dumps({**card, "weights_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="of other weights .*make it anew with: python -m x"):
+        compress.load("digits_cnn", "quantized", [tmp_path])
+    card.pop("weights_sha256")
+    path.write_text(json.dumps(card))
+    assert compress.load("digits_cnn", "quantized", [tmp_path])(digits.test_images).ndim == 2
 
 
 def test_the_pairs_are_rows_of_the_papers_table():
