@@ -20,7 +20,6 @@ from absl import app, flags, logging
 
 import difftest
 from experiments import pairs
-from experiments.dflare_repair import titled
 from experiments.provenance import ROOT, origin
 from experiments.robust_pruning import write
 from nnslicer_jax import attacks, data
@@ -83,8 +82,9 @@ def measure(
     found = attacks.carlini_wagner(
         None, apply, model.params, clean[:most], labels[:most], steps=steps, searches=5
     )
-    far = np.median(np.asarray(found.distance)[np.asarray(found.success)])
-    note = f"{steps} steps for each of 5 constants, median L2 {far:.2f} before rounding"
+    far = np.asarray(found.distance)[np.asarray(found.success)]
+    middle = f"{np.median(far):.2f}" if len(far) else "none"
+    note = f"{steps} steps for each of 5 constants, median L2 {middle} before rounding"
     made.append(_row(title, "C&W", pair, np.asarray(found.images), labels[:most], note))
     return made
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
             whole = data.load(dataset, given.data_dir)
             images = np.asarray(whole.test_images[: given.images])
             labels = np.asarray(whole.test_labels[: given.images])
-            rows = measure(titled(name, row), pair, images, labels, given.most, given.steps)
+            rows = measure(pairs.titled(name, row), pair, images, labels, given.most, given.steps)
             made += [{**row, "data": f"{whole.name}, test set"} for row in rows]
     except (OSError, ValueError, difftest.ModelError) as error:
         sys.exit(f"error: {error}")

@@ -29,9 +29,9 @@ from matplotlib.figure import Figure
 import difftest
 from difftest import repair
 from experiments import page, pairs, record
+from experiments.dflare_search import write_beside
 from experiments.provenance import ROOT, origin
-from experiments.robust_pruning import write
-from nnslicer_jax import checkpoint, data
+from nnslicer_jax import checkpoint
 from nnslicer_jax.atomic import replacing
 
 TITLE = "DRepair: deviations repaired, and the search after the repair"
@@ -205,7 +205,9 @@ class Cell(NamedTuple):
 Find = Callable[..., tuple[difftest.ModelPair, str, Any]]
 
 
-def prepare(name: str, find: Find, schedule: Schedule, data_dir: str | None = None) -> Case:
+def prepare(
+    name: str, find: Find, schedule: Schedule, data_dir: str | None = None, file: str | None = None
+) -> Case:
     """Loads a pair, and draws its seeds from the test images, the same for all pairs.
 
     Args:
@@ -213,27 +215,18 @@ def prepare(name: str, find: Find, schedule: Schedule, data_dir: str | None = No
       find: From a name and `data_dir` to the pair, its data set and its row of table 4.
       schedule: How many seeds.
       data_dir: Folder searched first for the data set.
+      file: Of `pairs.images_of`.
 
     Raises:
-      ValueError: For an unknown pair.
+      ValueError: For an unknown pair, or a file without images.
       FileNotFoundError: For weights or a data set that are nowhere.
     """
     pair, dataset, row = find(name, data_dir=data_dir)
-    whole = data.load(dataset, data_dir)
-    order = np.random.default_rng(0).permutation(len(whole.test_images))
+    images, _, words = pairs.images_of(dataset, data_dir, file)
+    order = np.random.default_rng(0).permutation(len(images))
     used, free = np.split(order[: 2 * schedule.images], [schedule.images])
-    jpeg = " (JPEG re-encodings)" if "JPEG" in whole.note else ""
-    said = f"{whole.name}{jpeg}: {len(used):,} seeds and {len(free):,} unseen ones of the test set"
-    return Case(
-        name, titled(name, row), pair, said, whole.test_images[used], whole.test_images[free]
-    )
-
-
-def titled(name: str, row: Any) -> str:
-    """Network and compression of a row of table 4, or the pair's name where it has no row."""
-    if row is None:
-        return name
-    return row if isinstance(row, str) else " ".join(str(part) for part in tuple(row)[:2])
+    said = f"{words}: {len(used):,} seeds and {len(free):,} unseen ones"
+    return Case(name, pairs.titled(name, row), pair, said, images[used], images[free])
 
 
 _FOLDS = 5
@@ -490,7 +483,7 @@ def main(argv: Sequence[str]) -> None:
     found, made = {}, []
     try:
         for name in given.pairs:
-            case = prepare(name, find, schedule, given.data_dir)
+            case = prepare(name, find, schedule, given.data_dir, given.images)
             work = Path(given.work or f"out/dflare_repair/{given.schedule}")
             cells = run(case, schedule, work, about["commit"], show=True)
             found[case.title] = cells
@@ -498,7 +491,7 @@ def main(argv: Sequence[str]) -> None:
         save_figure(found, Path(given.figures) / "ratios.png")
     except (OSError, ValueError, difftest.ModelError) as error:
         sys.exit(f"error: {error}")
-    write(Path(given.out), "dflare_repair", TITLE, TEXT, about, made)
+    write_beside(Path(given.out), "dflare_repair", TITLE, TEXT, about, made)
 
 
 def _define_flags() -> None:
@@ -506,6 +499,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("pairs", list(DEFAULT_PAIRS), "of experiments.pairs")
     flags.DEFINE_string("pairs_dir", None, "folder of the published pairs' files")
     flags.DEFINE_string("data_dir", None, "folder searched first for the data set")
+    flags.DEFINE_string("images", None, ".npz file whose test images stand for CIFAR-10's")
     flags.DEFINE_enum("schedule", "cpu", sorted(SCHEDULES), "how much is run")
     results = ROOT / "experiments" / "results" / "dflare_repair.json"
     flags.DEFINE_string("out", str(results), "results file")

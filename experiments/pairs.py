@@ -3,21 +3,25 @@
 The three published pairs (Tian et al., TOSEM 2023, table 4, the first rows) are read from their
 files: Keras originals and 8-bit TensorFlow Lite twins. Fifteen more are networks of this
 repository and the twins that ``experiments.compress`` makes of them; normalisation is part of these
-networks (MNIST: mean 0.1307, deviation 0.3081; CIFAR-10: 0.5 and 0.5).
+networks (MNIST: mean 0.1307, deviation 0.3081; CIFAR-10: 0.5 and 0.5). The same networks
+compressed in the other ways that ``experiments.compress`` knows stand in no table of the paper.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 import difftest
 from difftest.load import Normalise, load_model
 from experiments import compress
-from nnslicer_jax import zoo
+from nnslicer_jax import data, zoo
+from nnslicer_jax.checkpoint import digest
 
 
 class Row(NamedTuple):
-    """Of the paper's table 4: network, compression."""
+    """Network and compression, as in the paper's table 4 where it has them."""
 
     network: str
     compression: str
@@ -72,6 +76,12 @@ class Made(NamedTuple):
 
 
 _WORDS = {"pruned": "Prune", "quantized": "Quantization", "distilled": "Knowledge Distillation"}
+_OTHER_WORDS = {
+    "structured": "Structured Prune",
+    "hydra": "HYDRA",
+    "sliced": "Slicing",
+    "onnx": "Quantization by ONNX Runtime",
+}
 _NETWORKS = {
     "lenet4_mnist": ("lenet4_mnist", "mnist", "LeNet-4"),
     "lenet5_mnist": ("lenet5_mnist", "mnist", "LeNet-5"),
@@ -85,7 +95,28 @@ MADE = {
     for name, (network, dataset, title) in _NETWORKS.items()
     for how in (("pruned", "quantized") if dataset == "mnist" else _WORDS)
 }
-NAMES = (*PUBLISHED, *MADE)
+# Beyond table 4.
+OTHERS = {
+    f"{name}_{how}": Made(network, how, dataset, Row(title, {**_WORDS, **_OTHER_WORDS}[how]))
+    for name, (network, dataset, title) in _NETWORKS.items()
+    for how in compress.HOW
+    if f"{name}_{how}" not in MADE
+}
+NAMES = (*PUBLISHED, *MADE, *OTHERS)
+
+
+class Images(NamedTuple):
+    """Test images.
+
+    Attributes:
+      pixels: uint8 `[N, H, W, C]`.
+      labels: int `[N]`.
+      words: What they are.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    words: str
 
 
 def pair(
@@ -99,7 +130,7 @@ def pair(
       pairs_dir: Folder of the published pairs' files.
 
     Returns:
-      The pair, the name of its data set, and its row of table 4.
+      The pair, the name of its data set, and its network and compression.
 
     Raises:
       ValueError: For an unknown name, a network that was never trained, or a published pair
@@ -108,8 +139,8 @@ def pair(
     """
     if name not in NAMES:
         raise ValueError(f"pair: {name!r} is unknown; known are {', '.join(NAMES)}")
-    if name in MADE:
-        network, how, dataset, row = MADE[name]
+    if made := {**MADE, **OTHERS}.get(name):
+        network, how, dataset, row = made
         if network not in zoo.names():
             raise ValueError(
                 f"{network} has not been trained; make it with: python -m experiments.train "
@@ -128,3 +159,46 @@ def pair(
         for file in (chosen.original, chosen.compressed)
     ]
     return difftest.ModelPair(*files), chosen.dataset, chosen.row
+
+
+def titled(name: str, row: Any) -> str:
+    """Network and compression of a row of table 4, or the pair's name where it has no row."""
+    if row is None:
+        return name
+    return row if isinstance(row, str) else " ".join(str(part) for part in tuple(row)[:2])
+
+
+def images_of(dataset: str, data_dir: str | None = None, file: str | None = None) -> Images:
+    """The test images of a data set, those of CIFAR-10 from a file where one is given.
+
+    Args:
+      dataset: Its name.
+      data_dir: Folder searched first for data sets.
+      file: An .npz file of test_images and test_labels: exact pixels of CIFAR-10 instead of JPEG
+        re-encodings, which cost a network that was trained on exact ones 10 points of accuracy.
+
+    Raises:
+      ValueError: For a file without such images.
+      FileNotFoundError: For a data set that is nowhere.
+    """
+    if file is None or dataset != "cifar10":
+        whole = data.load(dataset, data_dir)
+        jpeg = " (JPEG re-encodings)" if "JPEG" in whole.note else ""
+        labels = np.asarray(whole.test_labels)
+        return Images(np.asarray(whole.test_images), labels, f"{whole.name}{jpeg}, test set")
+    try:
+        with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+            pixels, labels = arrays["test_images"], arrays["test_labels"]
+    except (KeyError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file}: no test_images and test_labels to be read ({reason})") from None
+    return Images(pixels, labels, f"{dataset}, {len(pixels):,} test images of {Path(file).name}")
+
+
+def probe(answers: Sequence[Any]) -> str:
+    """A digest of models' answers to some images: other weights, another digest.
+
+    Args:
+      answers: Probabilities `[N, K]`, one array a model.
+    """
+    return digest([np.rint(1000 * np.asarray(each)) for each in answers])

@@ -8,7 +8,7 @@ import pytest
 
 import difftest
 from experiments import dflare_repair as study
-from experiments import record
+from experiments import pairs, record
 from experiments.dflare_repair import Cell, Ratios, Summary
 from tests.pairs import linear_pair
 
@@ -154,5 +154,18 @@ def test_the_figure_is_written(case, done, tmp_path):
 
 
 def test_a_pair_without_a_row_of_table_4_has_its_name():
-    assert study.titled("mine", None) == "mine"
-    assert study.titled("x", "CNN Prune") == "CNN Prune"
+    assert pairs.titled("mine", None) == "mine"
+    assert pairs.titled("x", "CNN Prune") == "CNN Prune"
+
+
+def test_seeds_come_from_the_file_for_cifar10(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3)).astype(np.uint8)
+    path = tmp_path / "exact.npz"
+    np.savez(path, test_images=pixels, test_labels=np.zeros(60, int))
+
+    def cifar(name, data_dir=None):
+        return linear_pair(), "cifar10", ("ResNet-20", "Quantization-8-bit")
+
+    case = study.prepare("resnet20", cifar, TINY, None, str(path))
+    assert case.data == ("cifar10, 60 test images of exact.npz: 24 seeds and 24 unseen ones")
+    assert all((pixels == seed[None]).all(axis=(1, 2, 3)).any() for seed in case.seeds)

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from experiments import compress, pairs, record
 from experiments import dflare_search as study
-from experiments import record
 from nnslicer_jax import data
 from tests.pairs import linear_pair
 
@@ -37,7 +37,8 @@ def done(case, tmp_path_factory):
 
 def test_every_row_once_beside_the_published_ones(case, done):
     made = [
-        record.Row(study="dflare_search", **{**ABOUT, **row}) for row in study.rows(case, done[0])
+        record.Row(study="dflare_search", **{**ABOUT, **row})
+        for row in study.rows(case, done[0], TINY)
     ]
     record.Record(title=study.TITLE, text=study.TEXT, rows=made)
     by_name = {(row.row, row.metric): row for row in made}
@@ -83,16 +84,111 @@ def test_nothing_found_is_a_row_too(case, tmp_path):
     twins = difftest.ModelPair(case.pair.original, case.pair.original)
     lone = dataclasses.replace(case, pair=twins)
     found = study.run(lone, dataclasses.replace(TINY, kinds=("no_novelty",)), tmp_path)
-    rates = [row for row in study.rows(lone, found) if row["metric"] == "success rate"]
+    rates = [row for row in study.rows(lone, found, TINY) if row["metric"] == "success rate"]
     assert [row["ours"] for row in rates] == [0]
 
 
-def test_images_of_a_file_that_holds_none(tmp_path, monkeypatch):
-    from types import SimpleNamespace
+def test_rows_say_their_budget_their_seeds_and_what_they_count(case, done):
+    found = done[0]
+    rows = {(row["row"], row["metric"]): row for row in study.rows(case, found, TINY)}
+    for kind, most, searches in (("released", 300, 2), ("best_label", 60, 1),
+                                 ("diffchaser", 500, 1)):  # fmt: skip
+        name = f"{case.title}, {study.KINDS[kind].words}"
+        rate, queries = rows[name, "success rate"], rows[name, "mean queries"]
+        assert rate["note"].startswith(f"at most {most} queries a seed")
+        assert rate["seeds"] == queries["seeds"] == tuple(range(searches))
+        assert rate["n"] == sum(int(one.searched.sum()) for one in found[kind])
+        assert queries["n"] == sum(int(one.success.sum()) for one in found[kind])
+    assert rows[case.title, "accuracy, original"]["seeds"] == ()
 
-    find = SimpleNamespace(pair=lambda name: (None, "digits", None))
-    monkeypatch.setattr(study, "pairs", find)
+
+def test_the_released_code_as_measured_stands_in_notes(case, done):
+    published = dataclasses.replace(case, title="LeNet-1 Quantization-8-bit")
+    notes = {
+        row["metric"]: row.get("note", "")
+        for row in study.rows(published, {"released": done[0]["released"]}, TINY)
+    }
+    assert notes["median queries"] == "the released code, measured: 52.5 (100 seeds)"
+    assert notes["labels kept"] == "the released code, measured: 23 (100 seeds)"
+
+
+def test_the_whole_test_set_has_rows_of_its_own(case, done):
+    whole = dataclasses.replace(TINY, images=None)
+    rows = study.rows(case, {"released": done[0]["released"]}, whole)
+    by_metric = {
+        row["metric"]: row
+        for row in rows
+        if row["row"] == f"{case.title}, released, all test images"
+    }
+    assert by_metric["success rate"]["published"] == 100
+    assert by_metric["mean queries"]["published"] is None
+    assert by_metric["mean seconds"]["published"] is None
+    assert "success within 5 s" in by_metric
+
+
+def test_other_models_do_not_mix_in_but_old_folders_go_on(case, tmp_path):
+    short = dataclasses.replace(TINY, kinds=("best_label",))
+    study.run(case, short, tmp_path)
+    other = dataclasses.replace(case, pair=linear_pair(apart=0.3, classes=10, seed=1))
+    with pytest.raises(ValueError, match="another run, answers"):
+        study.run(other, short, tmp_path)
+    told = tmp_path / case.name / "models"
+    for file in told.iterdir():
+        file.unlink()
+    told.rmdir()
+    study.run(case, short, tmp_path)
+
+
+def test_rows_of_other_pairs_stay_in_the_file(tmp_path):
+    out = tmp_path / "dflare_search.json"
+
+    def write(rows, commit, title="A title"):
+        about = {**ABOUT, "commit": commit}
+        made = [{"row": row, "metric": "success rate", "ours": ours} for row, ours in rows]
+        study.write_beside(out, "dflare_search", title, "Text.", about, made)
+        return {row.row: (row.ours, row.commit) for row in record.read(out).rows}
+
+    write([("CNN Prune, best", 1), ("LeNet-1, best", 2)], "0" * 7)
+    assert write([("LeNet-1, best", 3), ("LeNet-1, paper", 4)], "1" * 7) == {
+        "CNN Prune, best": (1, "0" * 7),
+        "LeNet-1, best": (3, "1" * 7),
+        "LeNet-1, paper": (4, "1" * 7),
+    }
+    assert write([("LeNet-5", 5)], "2" * 7, "Another title") == {"LeNet-5": (5, "2" * 7)}
+    out.write_text("{")
+    with pytest.raises(SystemExit, match="dflare_search.json: not JSON"):
+        write([("LeNet-5", 5)], "2" * 7)
+
+
+def test_published_tables_have_every_pair():
+    titles = {" ".join(made.row) for made in (*pairs.PUBLISHED.values(), *pairs.MADE.values())}
+    assert titles == set(study.TABLE_2) == set(study.TABLE_4) == set(study.TABLE_6)
+    # Section 5.3.1: the ablations' seconds are at least 0.95 times the whole search's.
+    for title, (without, uniform) in study.TABLE_6.items():
+        whole = study.TABLE_4[title][0]
+        assert without.queries / whole.queries > 1.15
+        assert 0.94 < uniform.queries / whole.queries < 1.2
+
+
+def test_networks_compressed_in_every_way_have_a_name():
+    for network in ("lenet4_mnist", "vgg16_cifar10"):
+        assert {f"{network}_{how}" for how in compress.HOW} <= set(pairs.NAMES)
+    rows = [pairs.OTHERS[name].row for name in pairs.OTHERS]
+    assert len(set(rows)) == len(rows) and not set(rows) & {m.row for m in pairs.MADE.values()}
+    with pytest.raises(FileNotFoundError, match="--network lenet4_mnist --how hydra"):
+        pairs.pair("lenet4_mnist_hydra")
+
+
+def test_images_of_a_file_stand_for_cifar10_alone(tmp_path):
     path = tmp_path / "images.npz"
     np.savez(path, something=np.zeros(3))
     with pytest.raises(ValueError, match="images.npz: no test_images and test_labels"):
-        study.prepare("lenet1", {}, None, str(path))
+        pairs.images_of("cifar10", None, str(path))
+    digits = data.load("digits")
+    found = pairs.images_of("digits", None, str(path))
+    np.testing.assert_array_equal(found.pixels, digits.test_images)
+    assert found.words == "digits, test set"
+    np.savez(path, test_images=np.zeros((3, 32, 32, 3), np.uint8), test_labels=np.arange(3))
+    found = pairs.images_of("cifar10", None, str(path))
+    assert found.labels.tolist() == [0, 1, 2]
+    assert found.words == "cifar10, 3 test images of images.npz"
