@@ -1,5 +1,7 @@
 """The benchmark of differential testing: its rows, and a pair that fits its graph."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -42,3 +44,25 @@ def test_the_twin_of_eight_bits_is_near_its_original():
     apart = np.abs(original - compressed).max(axis=1)
     assert 0 < np.median(apart) < 0.05
     assert (original.argmax(1) == compressed.argmax(1)).mean() > 0.97
+
+
+def test_resnet20_is_seeded_from_the_file(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3)).astype(np.uint8)
+    path = tmp_path / "exact.npz"
+    np.savez(path, test_images=pixels, test_labels=np.zeros(9, int))
+    given = SimpleNamespace(
+        data_dir=None, pairs_dir="x", images=str(path), seeds=4, runs=1
+    )  # fmt: skip
+    asked = []
+
+    def searched(name, pair, seeds, alone, runs):
+        asked.append(seeds)
+        return [{"row": name, "metric": "seconds a seed", "ours": 0.05, "note": ""}]
+
+    monkeypatch.setattr(bench.pairs, "pair", lambda *_, **__: (None, "cifar10", ("ResNet-20", "Q")))
+    monkeypatch.setattr(bench, "searched", searched)
+    monkeypatch.setattr(bench, "parts", lambda *_: [])
+    (row,) = bench.measured("resnet20", given)
+    assert row["data"] == "cifar10, 9 test images of exact.npz"
+    assert asked[0].shape == (4, 32, 32, 3)
+    assert all((pixels == seed[None]).all(axis=(1, 2, 3)).any() for seed in asked[0])
