@@ -29,9 +29,10 @@ from nnslicer_jax.interval import interval_bounds
 from nnslicer_jax.linear_bounds import linear_bounds, margin_rows
 from nnslicer_jax.symbolic import symbolic_bounds
 
-# A margin counts as certified above so many units in the last place of the largest magnitude that
-# interval bounds give a logit: an allowance for rounding, as none of the bounds is rounded outward.
-# It is no proof where values inside are far larger than the logits: such networks want float64.
+# A margin counts as certified above an allowance for rounding: so many units in the last place of
+# the largest magnitude that interval bounds give a logit, and twice what rounding outward moves
+# those bounds, which counts the rounding of every value inside, however large beside the logits. It
+# covers interval margins; for linear and symbolic bounds, which round otherwise, it is no proof.
 _UNITS = 64
 # A smaller batch is compiled where at most a quarter of one is left to attack, but none below this.
 _SHRINK, _SMALLEST = 4, 8
@@ -394,8 +395,16 @@ def _margins(
     rows = margin_rows(labels, logits.shape[1])
     margin = bound(graph, params, lower, upper, rows).min(1)
     ends = interval_bounds(graph, params, lower, upper)
-    most = jnp.maximum(jnp.abs(ends.lower), jnp.abs(ends.upper)).reshape(len(images), -1).max(1)
-    slack = _UNITS * jnp.finfo(most.dtype).eps * most
+    wide = interval_bounds(graph, params, lower, upper, outward=True)
+    most, moved = (
+        jnp.maximum(low, high).reshape(len(images), -1).max(1)
+        for low, high in (
+            (jnp.abs(ends.lower), jnp.abs(ends.upper)),
+            (ends.lower - wide.lower, wide.upper - ends.upper),
+        )
+    )
+    # Of the two logits of a margin.
+    slack = _UNITS * jnp.finfo(most.dtype).eps * most + 2 * moved
     return logits.argmax(1) == labels, margin, slack
 
 

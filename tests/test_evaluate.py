@@ -232,6 +232,34 @@ def test_linear_networks_are_certified_up_to_their_boundary():
         assert (found.slack < 1e-3).all() and (found.slack > 0).all()
 
 
+def test_values_that_cancel_inside_certify_nothing_wrongly():
+    """Numbers of 10,000 inside cancel in the logits: rounding there outweighs the margins."""
+    rng = np.random.default_rng(3)
+    first = rng.normal(size=(20, 64)).astype(np.float32)
+    second = rng.integers(-64, 65, (32, 4)).astype(np.float32) / 64
+    second = np.concatenate([second, -second])
+
+    def network(params, images):
+        return nn.relu(images.reshape(len(images), -1) @ params["a"] + 1e4) @ params["b"]
+
+    params = {"a": first, "b": second}
+    images = rng.uniform(size=(400, *SHAPE)).astype(np.float32)
+    exact = images.reshape(400, -1).astype(float) @ first.astype(float) + 1e4
+    logits = exact @ second.astype(float)
+    said = np.asarray(jax.jit(network)(params, images))
+    labels = said.argmax(1)
+    own = np.take_along_axis(logits, labels[:, None], 1)
+    others = np.where(np.arange(4) == labels[:, None], -np.inf, logits)
+    true = (own - others).min(1)
+    graph = nns.trace(network, params, images[:1])
+    found = evaluate.vra_t(graph, params, images, labels, eps=0.0)
+    assert (found.margin - found.slack <= true).all()
+    assert not (found.right & (true <= 0)).any()
+    # Some units in the last place of the logits alone would not do.
+    few = 64 * np.finfo(np.float32).eps * np.abs(logits).max(1)
+    assert (found.margin - few > true).any()
+
+
 def test_a_tie_is_not_certified():
     """Both logits meet at the very end of the box: rounding decides nothing here."""
     weights = np.array([[1.0, 0.0]], np.float32)
