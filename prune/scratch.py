@@ -14,6 +14,9 @@ from nnslicer_jax.data import Dataset
 from prune import filters, stages
 from prune.stages import DEFAULT, Pruned, Run, Stage
 
+# Sets the first weights apart from those that the whole network of the same seed starts from.
+_FRESH = 1
+
 
 def train(
     model: nn.Module,
@@ -40,7 +43,7 @@ def train(
       FloatingPointError: Loss or weights stopped being finite.
     """
     network = stages.network_of(model, dataset)
-    fresh = network.initialize(jax.random.key(run.seed))
+    fresh = network.initialize(jax.random.fold_in(jax.random.key(run.seed), _FRESH))
     try:
         found = filters.whole(network, fresh, masks)
     except (TypeError, ValueError):
