@@ -4,9 +4,10 @@ Tian et al., TOSEM 2023, section 6.1, with DeepSpeech and Librispeech; here a sm
 spoken digits strung into sentences, trained on all speakers but those held out (by default the last
 by name) and quantized to 8 bits. Held-out speakers' sentences are what searches start from.
 
-``--schedule cpu``: 1,200 steps of training, 50 sentences for DFlare and 20 for DiffChaser, one
-random seed, at most 500 queries each. ``--schedule published``: 500 sentences, five random seeds,
-180 seconds each. ``--schedule tiny`` is for tests. Training goes on from its checkpoints.
+``--schedule cpu``: 1,200 steps of training, 50 sentences and one random seed for both searches, at
+most 500 queries each. ``--schedule published``: 500 sentences, five random seeds,
+180 seconds each. ``--schedule tiny`` is for tests. A killed run goes on where it
+stopped, in the same ``--work``, which keeps the triggers too.
 
 ``python -m experiments.speech_to_text --data_dir ...``
 """
@@ -23,12 +24,14 @@ import numpy as np
 from absl import app, flags, logging
 
 import nnslicer_jax as nns
+from difftest.pair import ModelError
 from difftest.speech import genetic, recogniser, recordings, search, training, transcripts
 from difftest.speech.recogniser import Recogniser, SpeechPair
 from difftest.speech.recordings import Sentences
-from difftest.speech.search import SpeechResult
+from difftest.speech.result import SpeechResult
 from experiments.provenance import ROOT, origin
 from experiments.robust_pruning import write
+from nnslicer_jax.checkpoint import claim, digest
 from prune import quantize
 
 TITLE = "Speech to text: audio on which a recogniser of 8 bits hears other words"
@@ -70,7 +73,7 @@ class Schedule:
 
 
 SCHEDULES = {
-    "cpu": Schedule(training.Options(), 128, 300, 64, (50, 20, 1), 500),
+    "cpu": Schedule(training.Options(), 128, 300, 64, (50, 50, 1), 500),
     "published": Schedule(training.Options(steps=3000), 128, 1000, 256, (500, 500, 5), 1_000_000),
     "tiny": Schedule(
         training.Options(steps=6, batch_size=4, size=6400), 16, 6, 4, (3, 2, 1), 10
@@ -86,12 +89,14 @@ class Case(NamedTuple):
       heard: Sentences for the word error rate.
       seeds: By random seed, sentences that searches start from.
       held_out: The speakers.
+      weights: SHA-256 of the recogniser's.
     """
 
     pair: SpeechPair
     heard: Sentences
     seeds: list[Sentences]
     held_out: list[str]
+    weights: str
 
 
 def prepare(
@@ -131,6 +136,7 @@ def prepare(
         sentences(1, test, schedule.heard),
         [sentences(2 + seed, test, schedule.seeds[0]) for seed in range(schedule.seeds[2])],
         chosen,
+        digest(variables),
     )
     return case
 
@@ -173,21 +179,57 @@ def error_rates(case: Case) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
-def searches(case: Case, schedule: Schedule) -> dict[str, list[SpeechResult]]:
-    """What both searches find from each random seed's sentences."""
-    found: dict[str, list[SpeechResult]] = {"DFlare": [], "DiffChaser": []}
+def searches(case: Case, schedule: Schedule, folder: Path) -> dict[str, list[SpeechResult]]:
+    """What both searches find from each random seed's sentences, read again where it is saved.
+
+    Args:
+      case: The pair and its sentences.
+      schedule: How much.
+      folder: Gets one file for each search and random seed.
+
+    Raises:
+      ValueError: The folder holds other searches, or a saved trigger is none when asked anew.
+    """
     limits: dict[str, Any] = {"max_queries": schedule.max_queries, "timeout": schedule.timeout}
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, {**limits, "sentences": digest(case.seeds), "weights": case.weights,
+                   "few": schedule.seeds[1]})  # fmt: skip
+    found: dict[str, list[SpeechResult]] = {"DFlare": [], "DiffChaser": []}
     for seed, one in enumerate(case.seeds):
         key = jax.random.key(seed)
-        # What compiles is not the searches' time.
-        search.search(case.pair, one.audio[:32], one.lengths[:32], key, max_queries=2)
-        found["DFlare"].append(search.search(case.pair, one.audio, one.lengths, key, **limits))
         few = schedule.seeds[1]
-        genetic.diffchase(case.pair, one.audio[:1], one.lengths[:1], key, max_queries=1)
-        found["DiffChaser"].append(
-            genetic.diffchase(case.pair, one.audio[:few], one.lengths[:few], key, **limits)
-        )
+        for name, run, some in (
+            ("DFlare", search.search, one),
+            ("DiffChaser", genetic.diffchase, Sentences(*(each[:few] for each in one))),
+        ):
+            path = folder / f"{name.lower()}_{seed}.npz"
+            if not path.is_file():
+                # What compiles is not the searches' time: every size that a batch shrinks to.
+                for size in (1, 2, 4, 8, 16, 32):
+                    rows = np.resize(np.arange(len(one.audio)), size)
+                    search.ask(case.pair, one.audio[rows], one.lengths[rows])
+                run(case.pair, some.audio, some.lengths, key, max_queries=1)
+                run(case.pair, some.audio, some.lengths, key, **limits).save(path)
+            result = SpeechResult.load(path)
+            _confirm(case.pair, some, key, result, path)
+            found[name].append(result)
     return found
+
+
+def _confirm(
+    pair: SpeechPair, seeds: Sentences, key: jax.Array, result: SpeechResult, path: Path
+) -> None:
+    """Raises ValueError unless chains make the saved triggers again, and they still trigger."""
+    good = search.confirm(pair, result)
+    for place in np.flatnonzero(good):
+        if chain := result.chains[place]:
+            audio, length = search.replay(
+                seeds.audio[place], int(seeds.lengths[place]), key, int(place), chain
+            )
+            same = length == result.lengths[place] and (audio == result.audio[place]).all()
+            good[place] = same
+    if bad := int((result.success & ~good).sum()):
+        raise ValueError(f"{path}: {bad} of {int(result.success.sum())} triggers are not confirmed")
 
 
 def rows(
@@ -204,6 +246,7 @@ def rows(
         searched = [one.status != "disagrees" for one in results]
         count = sum(int(one.sum()) for one in searched)
         already = sum(int((~one).sum()) for one in searched)
+        triggers = sum(int(one.success.sum()) for one in results)
         values: dict[str, list[float]] = {"success": [], "seconds": [], "queries": []}
         for result, valid in zip(results, searched, strict=True):
             good = result.success
@@ -217,7 +260,8 @@ def rows(
             if values[metric]:
                 one = values[metric]
                 made.append({
-                    "row": name, "unit": unit, "published": published, "n": count,
+                    "row": name, "unit": unit, "published": published, 
+                    "n": count if metric == "success" else triggers,
                     "metric": "success rate" if metric == "success" else f"mean {metric}",
                     "ours": round(float(np.mean(one)), 3),
                     "spread": round(float(np.std(one, ddof=1)), 3) if len(one) > 1 else None,
@@ -226,7 +270,7 @@ def rows(
                 })  # fmt: skip
         queries = [result.queries[result.success] for result in results]
         if any(len(one) for one in queries):
-            made.append({"row": name, "metric": "median queries", "n": count,
+            made.append({"row": name, "metric": "median queries", "n": triggers,
                          "ours": float(np.median(np.concatenate(queries)))})  # fmt: skip
     return made
 
@@ -245,8 +289,8 @@ def main(argv: Sequence[str]) -> None:
         case = prepare(spoken, given.held_out, schedule, work, show=True)
         rates = error_rates(case)
         print(f"word error rates: {rates[0]:.1f} %, 8 bits {rates[1]:.1f} %", file=sys.stderr)
-        found = searches(case, schedule)
-    except (OSError, ValueError, FloatingPointError) as error:
+        found = searches(case, schedule, work / "searches")
+    except (OSError, ValueError, FloatingPointError, ModelError) as error:
         sys.exit(f"error: {error}")
     write(Path(given.out), "speech_to_text", TITLE, TEXT, about, rows(case, rates, found))
 

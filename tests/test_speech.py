@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difftest.pair import ModelError
 from difftest.speech import features, mutations, recogniser, recordings, training, transcripts
 from difftest.speech.recordings import Recording
 
@@ -44,6 +45,10 @@ def test_recordings_are_read_and_strung(tmp_path):
     assert recordings.speakers(found) == ["anna", "ben"]
     (folder / "1_anna_3.wav").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match=r"1_anna_3.wav: not a recording"):
+        recordings.load(tmp_path)
+    (folder / "1_anna_3.wav").unlink()
+    recordings.save_wav(folder / "1_anna_last.wav", tone(1).samples)
+    with pytest.raises(ValueError, match=r"1_anna_last.wav: not a recording"):
         recordings.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="put the Free Spoken Digit Dataset"):
         recordings.load(tmp_path / "nothing")
@@ -280,6 +285,13 @@ def test_bad_options_are_named():
         training.train(NETWORK, [], OPTIONS)
 
 
+def test_a_loss_that_is_not_finite_ends_the_training(monkeypatch):
+    monkeypatch.setattr(recogniser, "loss", lambda logits, *_: jnp.nan * logits.sum())
+    options = dataclasses.replace(OPTIONS, steps=3, seed=5)
+    with pytest.raises(FloatingPointError, match="training: the loss is nan at step 3"):
+        training.train(NETWORK, TONES, options)
+
+
 def test_a_pair_checks_what_models_give(said):
     def hear(audio, lengths):
         return np.full((len(audio), 3, 4), 0.25)
@@ -289,6 +301,7 @@ def test_a_pair_checks_what_models_give(said):
     for fault, text in (
         (lambda a, n: np.ones((len(a), 2, 4)), "the compressed model gave the shape"),
         (lambda a, n: np.full((len(a), 3, 4), np.nan), "the compressed model gave NaN"),
+        (lambda a, n: 1 / 0, "the compressed model failed: division by zero"),
     ):
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(ModelError, match=text):
             recogniser.SpeechPair(hear, fault).probabilities(said.audio, said.lengths)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difftest.pair import ModelError
 from difftest.speech import genetic, mutations, search, transcripts
 from difftest.speech.recogniser import SpeechPair
+from difftest.speech.result import SpeechResult
 
 SIZE = 1600
 KEY = jax.random.key(3)
@@ -133,6 +135,65 @@ def test_the_genetic_search_counts_up_to_its_trigger(seeds):
     twins = SpeechPair(PAIR.original, PAIR.original)
     none = genetic.diffchase(twins, *(one[:1] for one in seeds), KEY, pool_size=8, max_queries=20)
     assert none.queries[0] == 20 and none.status[0] == "budget"
+
+
+def counted(model, sizes, fails=lambda audio: False):
+    """A model that notes the sizes of its batches, and raises on some sentences."""
+
+    def ask(audio, lengths):
+        sizes.append(len(audio))
+        if any(fails(one) for one in np.asarray(audio)):
+            raise OSError("no\nluck")
+        return model(audio, lengths)
+
+    return ask
+
+
+def test_a_failing_sentence_costs_only_itself(found, seeds):
+    first = seeds[0][1]
+    pair = SpeechPair(counted(PAIR.original, [], lambda one: (one == first).all()), PAIR.compressed)
+    for batch_size in (1, 32):
+        some = search.search(pair, *seeds, KEY, max_queries=150, batch_size=batch_size)
+        assert some.status[1] == "error" and some.queries[1] == 0
+        assert some.errors[1] == "the original model failed: no luck"
+        others = np.arange(5) != 1
+        np.testing.assert_array_equal(some.queries[others], found.queries[others])
+        np.testing.assert_array_equal(some.audio[others], found.audio[others])
+    # A mutant that fails ends its own search.
+    place = int(np.flatnonzero(found.success)[0])
+    trigger = found.audio[place]
+    pair = SpeechPair(
+        PAIR.original, counted(PAIR.compressed, [], lambda one: (one == trigger).all())
+    )
+    some = search.search(pair, *seeds, KEY, max_queries=150)
+    assert some.status[place] == "error" and some.queries[place] == found.queries[place]
+    assert (np.delete(some.status, place) == np.delete(found.status, place)).all()
+    chased = genetic.diffchase(pair, *seeds, KEY, pool_size=8, max_queries=8)
+    assert chased.errors == [None] * 5
+    pair = SpeechPair(PAIR.original, counted(PAIR.compressed, [], lambda one: True))
+    with pytest.raises(ModelError, match="the compressed model failed: no luck"):
+        search.search(pair, *seeds, KEY)
+
+
+def test_only_unfinished_sentences_are_asked(seeds):
+    sizes = []
+    pair = SpeechPair(counted(PAIR.original, sizes), PAIR.compressed)
+    found = search.search(pair, *seeds, KEY, max_queries=150)
+    waiting = found.queries[found.queries > 0]
+    assert sizes[0] == 5
+    assert sizes[1:] == [int((waiting > step).sum()) for step in range(waiting.max())]
+
+
+def test_results_are_saved_whole(found, tmp_path):
+    found.save(tmp_path / "found.npz")
+    again = SpeechResult.load(tmp_path / "found.npz")
+    assert again.chains == found.chains and again.errors == found.errors
+    np.testing.assert_array_equal(again.audio, found.audio)
+    assert (search.confirm(PAIR, again) == found.success).all()
+    assert not search.confirm(SpeechPair(PAIR.original, PAIR.original), again).any()
+    (tmp_path / "found.npz").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="found.npz: not a saved search of audio"):
+        SpeechResult.load(tmp_path / "found.npz")
 
 
 def test_what_is_not_accepted_is_named(seeds):

@@ -1,5 +1,6 @@
 """The study of speech to text, at its smallest."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -40,8 +41,35 @@ def test_the_twin_of_eight_bits_is_near(case):
     assert 0 < np.abs(original - compressed).max() < 0.2
 
 
-def test_rows_are_of_what_was_found(case):
-    found = study.searches(case, TINY)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("searches")
+
+
+def test_a_finished_search_is_read_again_and_confirmed(case, folder, monkeypatch):
+    assert study.SCHEDULES["cpu"].seeds == (50, 50, 1)
+    found = study.searches(case, TINY, folder)
+    names = sorted(path.name for path in folder.glob("*.npz"))
+    assert names == ["dflare_0.npz", "diffchaser_0.npz"]
+    with monkeypatch.context() as patched:
+        for module, name in ((study.search, "search"), (study.genetic, "diffchase")):
+            patched.setattr(module, name, lambda *_, **__: pytest.fail("searched again"))
+        again = study.searches(case, TINY, folder)
+    np.testing.assert_array_equal(again["DFlare"][0].audio, found["DFlare"][0].audio)
+    other = case._replace(weights="other")
+    with pytest.raises(ValueError, match="another run, weights was"):
+        study.searches(other, TINY, folder)
+    # A trigger that is none: the seed itself.
+    fake = found["DFlare"][0]
+    fake.status[:] = "found"
+    fake.audio[:], fake.lengths[:] = case.seeds[0].audio, case.seeds[0].lengths
+    same = case.pair._replace(compressed=case.pair.original)
+    with pytest.raises(ValueError, match="3 of 3 triggers are not confirmed"):
+        study._confirm(same, case.seeds[0], jax.random.key(0), fake, folder / "x.npz")
+
+
+def test_rows_are_of_what_was_found(case, folder):
+    found = study.searches(case, TINY, folder)
     rates = study.error_rates(case)
     heard = np.asarray(transcripts.greedy(case.pair.original(case.heard.audio,
                                                              case.heard.lengths)))  # fmt: skip
@@ -56,4 +84,6 @@ def test_rows_are_of_what_was_found(case):
         share = 100 * result.success.sum() / max(1, searched)
         assert values[name, "success rate"] == pytest.approx(share, abs=0.01)
         if result.success.any():
+            counts = {row.n for row in made if row.row == name and "queries" in row.metric}
+            assert counts == {result.success.sum()}
             assert values[name, "mean queries"] == result.queries[result.success].mean()

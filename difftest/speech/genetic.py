@@ -15,7 +15,8 @@ import numpy as np
 
 from difftest.speech import mutations, transcripts
 from difftest.speech.recogniser import SpeechPair
-from difftest.speech.search import SpeechResult, ask, check, opening
+from difftest.speech.result import SpeechResult
+from difftest.speech.search import ask, check, opening, shape_of
 
 
 def diffchase(
@@ -43,21 +44,22 @@ def diffchase(
         As ``search``; chains are empty.
 
     Raises:
-        ValueError: sentences, models' outputs or an option are not accepted.
+        ValueError: sentences or an option are not accepted.
+        ModelError: the models fail on every sentence.
     """
     check(audio, lengths, max_queries, timeout, pool_size)
     if pool_size < 2:
         raise ValueError(f"pool_size is {pool_size}; accepted is 2 or more")
-    rows = opening(pair, audio, lengths, pool_size)
+    rows, vectors = opening(pair, audio, lengths, pool_size)
     for place in np.flatnonzero(rows.status == "budget"):
-        _chase(pair, jax.random.fold_in(key, int(place)), rows, int(place), pool_size,
-               max_queries, timeout)  # fmt: skip
+        _chase(pair, jax.random.fold_in(key, int(place)), rows, int(place),
+               shape_of(rows, vectors), pool_size, max_queries, timeout)  # fmt: skip
     return rows
 
 
 def _chase(
-    pair: SpeechPair, key: jax.Array, rows: SpeechResult, place: int, pool_size: int,
-    max_queries: int, timeout: float,
+    pair: SpeechPair, key: jax.Array, rows: SpeechResult, place: int, shape: tuple[int, int],
+    pool_size: int, max_queries: int, timeout: float,
 ) -> None:  # fmt: skip
     started = time.perf_counter()
     pool = (
@@ -68,12 +70,16 @@ def _chase(
     generation = 0
     while rows.queries[place] < max_queries and time.perf_counter() - started < timeout:
         children = _children(jax.random.fold_in(key, generation), *pool)
-        answer = ask(pair, *children)
-        differ = np.asarray(transcripts.disagree(*map(jnp.asarray, answer.words)))
+        answer = ask(pair, *children, shape)
+        failed = np.array([error is not None for error in answer.errors])
+        over = transcripts.disagree(*answer.words) | failed
         left = max_queries - int(rows.queries[place])
-        first = np.flatnonzero(differ)[:1]
+        first = np.flatnonzero(over)[:1]
         if len(first) and first[0] < left:
             rows.queries[place] += int(first[0]) + 1
+            if failed[first[0]]:
+                rows.status[place], rows.errors[place] = "error", answer.errors[first[0]]
+                break
             rows.status[place] = "found"
             rows.audio[place] = np.asarray(children[0])[first[0]]
             rows.lengths[place] = int(children[1][first[0]])

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from difftest.backends.pixels import one_line
+from difftest.pair import ModelError
 from difftest.speech import features
 from difftest.speech.transcripts import BLANK
 
@@ -92,21 +94,26 @@ class SpeechPair(NamedTuple):
         """Asks both: one query a sentence.
 
         Raises:
-            ValueError: shapes differ, or a probability is not finite.
+            ModelError: one raised, shapes differ, or a probability is not finite.
         """
-        found = [np.asarray(model(audio, lengths), np.float32) for model in self]
+        found = []
+        for name, model in zip(self._fields, self, strict=True):
+            try:
+                found.append(np.asarray(model(audio, lengths), np.float32))
+            except Exception as error:  # A black box may raise anything.
+                raise ModelError(f"the {name} model failed: {one_line(error)}") from error
         for name, one in zip(self._fields, found, strict=True):
             if one.ndim != 3 or len(one) != len(audio) or one.shape != found[0].shape:
-                raise ValueError(
+                raise ModelError(
                     f"the {name} model gave the shape {one.shape} for {len(audio)} sentences; "
                     "accepted is (sentences, outputs, symbols), the same of both models"
                 )
             if not np.isfinite(one).all():
-                raise ValueError(f"the {name} model gave NaN or infinity for a sentence")
+                raise ModelError(f"the {name} model gave NaN or infinity for a sentence")
         return found[0], found[1]
 
 
-def model(run: Callable[[jax.Array], jax.Array]) -> Callable[[Any, Any], jax.Array]:
+def model(run: Callable[[jax.Array], jax.Array]) -> Callable[[Any, Any], np.ndarray]:
     """A model of a function from features ``[B, T, BANDS, 1]`` to logits ``[B, T / 4, K]``.
 
     Outputs from the sentence's end on are blank for certain.
@@ -118,4 +125,11 @@ def model(run: Callable[[jax.Array], jax.Array]) -> Callable[[Any, Any], jax.Arr
         past = jnp.arange(found.shape[1])[None] >= outputs_of(lengths)[:, None]
         return jnp.where(past[..., None], jax.nn.one_hot(BLANK, found.shape[2])[None, None], found)
 
-    return probabilities
+    def padded(audio: Any, lengths: Any) -> np.ndarray:
+        # Batches are filled to a power of two: a shrinking batch compiles few sizes, not each.
+        rows = np.resize(np.arange(len(audio)), 1 << max(len(audio) - 1, 0).bit_length())
+        return np.asarray(probabilities(np.asarray(audio)[rows], np.asarray(lengths)[rows]))[
+            : len(audio)
+        ]
+
+    return padded

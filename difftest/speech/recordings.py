@@ -74,7 +74,8 @@ def load(data_dir: str | os.PathLike[str] | None = None) -> list[Recording]:
 
 def _read(path: Path) -> Recording:
     try:
-        digit, speaker, take = path.stem.split("_")
+        digit, speaker, number = path.stem.split("_")
+        take = int(number)
         with wave.open(str(path), "rb") as file:
             kind = (file.getnchannels(), file.getsampwidth(), file.getframerate())
             samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.int16)
@@ -89,7 +90,7 @@ def _read(path: Path) -> Recording:
             f"{path.name}: {kind[0]} channels of {8 * kind[1]} bits at {kind[2]} Hz with "
             f"{len(samples)} samples; accepted is mono, 16 bits, {RATE} Hz, not empty"
         )
-    return Recording(int(digit), speaker, int(take), samples)
+    return Recording(int(digit), speaker, take, samples)
 
 
 def speakers(recordings: Sequence[Recording]) -> list[str]:

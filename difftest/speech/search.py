@@ -8,7 +8,6 @@ the released code: D may also fall, it starts at 0, and operators are drawn by r
 """
 
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,40 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from difftest import fitness, select
+from difftest.pair import ModelError
 from difftest.speech import mutations, transcripts
 from difftest.speech.recogniser import SpeechPair
+from difftest.speech.result import SpeechResult
 
 _CAPACITY = 64
-
-
-@dataclass(frozen=True, eq=False)
-class SpeechResult:
-    """One row a sentence.
-
-    Attributes:
-        status: ``[N]`` strings: "found"; "disagrees", the models already disagreed, which enters no
-            average; "budget", queries or time were spent.
-        queries: int32 ``[N]``, sentences through both models; the trigger counts, the seed does
-            not.
-        seconds: float64 ``[N]``, the share of the time of the batches it was in.
-        audio: int16 ``[N, S]``, the trigger, or the seed where none was found.
-        lengths: int32 ``[N]``, samples.
-        heard: int32 ``[2, N, T]``, the models' transcripts of it, filled up with -1.
-        chains: one tuple a sentence of the steps that make the trigger: operator, query.
-    """
-
-    status: np.ndarray
-    queries: np.ndarray
-    seconds: np.ndarray
-    audio: np.ndarray
-    lengths: np.ndarray
-    heard: np.ndarray
-    chains: list[tuple[tuple[str, int], ...]]
-
-    @property
-    def success(self) -> np.ndarray:
-        """Bool ``[N]``: a trigger was found."""
-        return self.status == "found"
 
 
 class _Walk(NamedTuple):
@@ -89,15 +60,18 @@ def search(
         batch_size: sentences searched at a time.
 
     Raises:
-        ValueError: sentences, models' outputs or an option are not accepted.
+        ValueError: sentences or an option are not accepted.
+        ModelError: the models fail on every sentence.
     """
     check(audio, lengths, max_queries, timeout, batch_size)
     if selection not in select.RULES:
         raise ValueError(f"selection is {selection!r}; accepted are {', '.join(select.RULES)}")
-    rows = opening(pair, audio, lengths, batch_size)
+    rows, vectors = opening(pair, audio, lengths, batch_size)
     waiting = np.flatnonzero(rows.status == "budget")
+    size = min(batch_size, len(waiting))
     for start in range(0, len(waiting), batch_size):
-        _run(pair, key, selection, rows, waiting[start : start + batch_size], max_queries, timeout)
+        some = waiting[start : start + batch_size]
+        _run(pair, key, selection, rows, vectors, some, size, max_queries, timeout)
     return rows
 
 
@@ -123,53 +97,118 @@ def check(
 
 def opening(
     pair: SpeechPair, audio: np.ndarray, lengths: np.ndarray, batch_size: int
-) -> SpeechResult:
-    """Rows with the models' answers to the sentences themselves; "budget" where they agree."""
+) -> tuple[SpeechResult, np.ndarray]:
+    """Rows with the models' answers to the sentences themselves; "budget" where they agree.
+
+    Returns:
+        The rows, and how surely both hear each word, float32 ``[N, 2 K - 2]``.
+
+    Raises:
+        ModelError: the models fail on every sentence.
+    """
     said = [
         ask(pair, audio[at : at + batch_size], lengths[at : at + batch_size])
         for at in range(0, len(audio), batch_size)
     ]
-    heard = np.concatenate([one.words for one in said], axis=1) if said else np.zeros((2, 0, 1))
-    differ = np.asarray(transcripts.disagree(*map(jnp.asarray, heard)))
+    errors = [error for one in said for error in one.errors]
+    if errors and None not in errors:
+        raise ModelError(str(errors[0]))
+    good = [one for one in said if None in one.errors]
+    wanted = (good[0].words.shape[2], good[0].vectors.shape[1]) if good else (1, 2)
+    heard = np.full((2, len(audio), wanted[0]), -1, np.int32)
+    vectors = np.zeros((len(audio), wanted[1]), np.float32)
+    for number, one in enumerate(said):
+        some = slice(number * batch_size, number * batch_size + len(one.errors))
+        if None not in one.errors:
+            continue
+        if (one.words.shape[2], one.vectors.shape[1]) != wanted:
+            raise ModelError("the models give sentences of one size other outputs or symbols")
+        heard[:, some], vectors[some] = one.words, one.vectors
+    status = np.where(transcripts.disagree(*heard), "disagrees", "budget").astype("<U9")
+    status[[error is not None for error in errors]] = "error"
     return SpeechResult(
-        status=np.where(differ, "disagrees", "budget").astype("<U9"),
+        status=status,
         queries=np.zeros(len(audio), np.int32),
         seconds=np.zeros(len(audio)),
         audio=audio.copy(),
         lengths=np.asarray(lengths, np.int32).copy(),
-        heard=heard.astype(np.int32),
+        heard=heard,
         chains=[() for _ in audio],
-    )
+        errors=errors,
+    ), vectors
+
+
+def shape_of(rows: SpeechResult, vectors: np.ndarray) -> tuple[int, int]:
+    """Outputs and symbols that ``opening`` was given."""
+    return rows.heard.shape[2], vectors.shape[1] // 2 + 1
 
 
 class Answer(NamedTuple):
-    """What a pair says of B sentences.
+    """What a pair says of B sentences; zeros, and no words, of one that a model failed on.
 
     Attributes:
         words: int32 ``[2, B, T]``, transcripts filled up with -1.
         confidence: float32 ``[2, B]``, sums of the largest probabilities.
         vectors: float32 ``[B, 2 K - 2]``, how surely both hear each word.
         margin: float32 ``[B]``, the least lead of a largest probability over the second.
+        errors: one line a sentence, or None.
     """
 
     words: Any
     confidence: Any
     vectors: Any
     margin: Any
+    errors: list[str | None]
 
 
-def ask(pair: SpeechPair, audio: Any, lengths: Any) -> Answer:
-    """Asks a pair about sentences, int16 ``[B, S]`` and int32 ``[B]``."""
-    return Answer(*map(np.asarray, _read(*pair.probabilities(audio, lengths))))
+def ask(pair: SpeechPair, audio: Any, lengths: Any, shape: tuple[int, int] | None = None) -> Answer:
+    """Asks a pair about sentences; one by one if the batch fails.
+
+    Args:
+        pair: the models.
+        audio: int16 ``[B, S]``.
+        lengths: int32 ``[B]``.
+        shape: outputs and symbols that the models gave before; None: not known yet.
+    """
+    audio, lengths = np.asarray(audio), np.asarray(lengths)
+    try:
+        answers = [_checked(pair, audio, lengths, shape)]
+        errors: list[str | None] = [None] * len(audio)
+    except ModelError:
+        answers, errors = [], []
+        for row in range(len(audio)):
+            try:
+                answers.append(_checked(pair, audio[row : row + 1], lengths[row : row + 1], shape))
+                errors.append(None)
+            except ModelError as error:
+                errors.append(str(error))
+    size = shape or (answers[0][0].shape[1:] if answers else (1, 2))
+    # Filled up to a power of two: few sizes are compiled.
+    both = np.zeros((2, 1 << max(len(audio) - 1, 0).bit_length(), *size), np.float32)
+    good = np.flatnonzero([error is None for error in errors])
+    if len(good):
+        both[:, good] = np.concatenate([np.stack(answer) for answer in answers], axis=1)
+    words, confidence, vectors, margin = map(np.asarray, _read(both))
+    count = len(audio)
+    return Answer(words[:, :count], confidence[:, :count], vectors[:count], margin[:count], errors)
+
+
+def _checked(
+    pair: SpeechPair, audio: np.ndarray, lengths: np.ndarray, shape: tuple[int, int] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    found = pair.probabilities(audio, lengths)
+    if shape is not None and found[0].shape[1:] != shape:
+        raise ModelError(f"the models gave {found[0].shape[1:]} a sentence, before it was {shape}")
+    return found
 
 
 @jax.jit
-def _read(original: jax.Array, compressed: jax.Array) -> Answer:
-    both = jnp.stack([original, compressed])
+def _read(both: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The numbers of an answer, of probabilities ``[2, B, T, K]``."""
     best = jax.lax.top_k(both, 2)[0]
     heard = transcripts.heard(both)
-    return Answer(
-        jnp.stack([transcripts.greedy(one) for one in (original, compressed)]),
+    return (
+        transcripts.greedy(both),
         best[..., 0].sum(axis=-1),
         jnp.concatenate([heard[0], heard[1]], axis=-1),
         (best[..., 0] - best[..., 1]).min(axis=(0, 2)),
@@ -186,38 +225,50 @@ def _run(
     key: jax.Array,
     selection: str,
     rows: SpeechResult,
+    vectors: np.ndarray,
     places: np.ndarray,
+    size: int,
     max_queries: int,
     timeout: float,
 ) -> None:
+    """Searches from the sentences at some places, in ``size`` slots, and fills their rows in."""
+    shape = shape_of(rows, vectors)
+    at_work = np.arange(size) < len(places)
+    # Slots that stay idle hold any sentence; nobody asks about their mutants.
+    places = np.resize(places, size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(places))
-    answer = ask(pair, rows.audio[places], rows.lengths[places])
-    walk = _begin(keys, rows.audio[places], rows.lengths[places], answer.vectors)
-    at_work = np.ones(len(places), bool)
+    walk = _begin(keys, rows.audio[places], rows.lengths[places], vectors[places])
     chains: list[list[tuple[str, int]]] = [[] for _ in places]
     while at_work.any():
         started = time.perf_counter()
-        operators, audio, lengths = _proposed(selection, walk)
-        answer = ask(pair, audio, lengths)
-        found = np.asarray(transcripts.disagree(*map(jnp.asarray, answer.words))) & at_work
+        active = np.flatnonzero(at_work)
+        operators, audio, lengths = map(np.asarray, _proposed(selection, walk, at_work))
+        answer = ask(pair, audio[active], lengths[active], shape)
+        failed, found = np.zeros((2, size), bool)
+        failed[active] = [error is not None for error in answer.errors]
+        found[active] = transcripts.disagree(*answer.words)
+        confidence = np.zeros((2, size), np.float32)
+        heard = np.zeros((size, vectors.shape[1]), np.float32)
+        confidence[:, active], heard[active] = answer.confidence, answer.vectors
         number = int(walk.queries[0])
-        walk, accepted = _judged(
-            walk, operators, audio, lengths, answer.confidence, answer.vectors, found
-        )
+        walk, accepted = _judged(walk, operators, audio, lengths, confidence, heard, found)
         for slot in np.flatnonzero((np.asarray(accepted) | found) & at_work):
             chains[slot].append((mutations.NAMES[int(operators[slot])], number))
-        rows.queries[places[at_work]] += 1
-        rows.seconds[places[at_work]] += (time.perf_counter() - started) / at_work.sum()
+        rows.queries[places[active]] += 1
         done = places[found]
         rows.status[done] = "found"
-        rows.audio[done], rows.lengths[done] = np.asarray(audio)[found], np.asarray(lengths)[found]
-        rows.heard[:, done] = answer.words[:, found]
+        rows.audio[done], rows.lengths[done] = audio[found], lengths[found]
+        rows.heard[:, done] = answer.words[:, found[active]]
         for slot in np.flatnonzero(found):
             rows.chains[places[slot]] = tuple(chains[slot])
-        spent = (rows.queries[places] >= max_queries) | (rows.seconds[places] >= timeout)
-        at_work &= ~found & ~spent
+        for slot, error in zip(active, answer.errors, strict=True):
+            if error is not None:
+                rows.status[places[slot]], rows.errors[places[slot]] = "error", error
         if int(walk.stores.filled.max()) == walk.stores.vectors.shape[1]:
             walk = walk._replace(stores=fitness.grown(walk.stores))
+        rows.seconds[places[active]] += (time.perf_counter() - started) / len(active)
+        spent = (rows.queries[places] >= max_queries) | (rows.seconds[places] >= timeout)
+        at_work &= ~found & ~failed & ~spent
 
 
 @jax.jit
@@ -232,8 +283,10 @@ def _begin(keys: jax.Array, audio: jax.Array, lengths: jax.Array, vectors: jax.A
 
 
 @partial(jax.jit, static_argnums=0)
-def _proposed(selection: str, walk: _Walk) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Operators int32 ``[B]``, and the mutants they make."""
+def _proposed(
+    selection: str, walk: _Walk, at_work: jax.Array | np.ndarray
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Operators int32 ``[B]``, and the mutants they make; idle slots get the cheapest one."""
 
     def one(
         key: jax.Array, query: jax.Array, operators: select.SelectState
@@ -242,6 +295,7 @@ def _proposed(selection: str, walk: _Walk) -> tuple[jax.Array, jax.Array, jax.Ar
         return select.draw(choice, operators, selection), mutation
 
     operators, keys = jax.vmap(one)(walk.keys, walk.queries, walk.operators)
+    operators = jnp.where(at_work, operators, mutations.NAMES.index("gain"))
     audio, lengths = mutations.mutate_batch(operators, keys, walk.audio, walk.lengths)
     return operators, audio, lengths
 
@@ -300,3 +354,13 @@ def replay(
         operator = jnp.asarray([mutations.NAMES.index(name)], jnp.int32)
         sound, size = mutations.mutate_batch(operator, mutation_key(own, query)[None], sound, size)
     return np.asarray(sound[0]), int(size[0])
+
+
+def confirm(pair: SpeechPair, result: SpeechResult, batch_size: int = 32) -> np.ndarray:
+    """Asks the pair about the triggers anew: bool ``[N]``, whether each still is one."""
+    good = result.success.copy()
+    for some in np.array_split(np.flatnonzero(good), max(1, -(-int(good.sum()) // batch_size))):
+        if len(some):
+            answer = ask(pair, result.audio[some], result.lengths[some])
+            good[some] = transcripts.disagree(*answer.words)
+    return good

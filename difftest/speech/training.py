@@ -112,7 +112,7 @@ def train(
         recordings: of the speakers to learn from.
         options: see ``Options``.
         folder: for checkpoints; None: none.
-        every: steps between them.
+        every: steps between them, and between looks at the loss.
         show: progress on standard error.
 
     Returns:
@@ -141,10 +141,11 @@ def train(
         done += 1
         if progress is not None and (done % 20 == 0 or done == options.steps):
             progress.at(done, f"loss a word {float(value):.3f}")
-        if folder is not None and (done % every == 0 or done == options.steps):
+        if done % every == 0 or done == options.steps:
             if not np.isfinite(value):
                 raise FloatingPointError(f"training: the loss is {value} at step {done}")
-            checkpoint.save(folder, done, state)
+            if folder is not None:
+                checkpoint.save(folder, done, state)
     return state.variables
 
 
