@@ -70,7 +70,7 @@ def _chase(
     generation = 0
     while rows.queries[place] < max_queries and time.perf_counter() - started < timeout:
         children = _children(jax.random.fold_in(key, generation), *pool)
-        answer = ask(pair, *children, shape)
+        answer = ask(pair, children[0], children[1], shape)
         failed = np.array([error is not None for error in answer.errors])
         over = transcripts.disagree(*answer.words) | failed
         left = max_queries - int(rows.queries[place])
