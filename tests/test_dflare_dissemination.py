@@ -53,9 +53,9 @@ def test_both_parts_make_rows_and_pictures_and_go_on(tmp_path, monkeypatch):
     schedule = dataclasses.replace(TINY, share=0.6)
     model = difftest.jax_model(trained.model.apply, trained.variables)
     monkeypatch.setattr(study, "SHARES", (0.2, 0.5))
-    curve = study.correlation("lenet5", model, digits.test_images, schedule, tmp_path)
-    whole, found = study.layers("digits_cnn", digits, schedule, tmp_path)
-    rows = study.correlation_rows("lenet5", curve, schedule)
+    curve = study.correlation("lenet5", model, digits.test_images, schedule, tmp_path / "lenet5")
+    whole, found = study.layers("digits_cnn", digits, schedule, tmp_path / "own")
+    rows = study.correlation_rows("lenet5", curve)
     rows += study.layer_rows("digits_cnn", whole, found, schedule)
     made = {(row.row, row.metric): row.ours for row in rows_of("dflare_dissemination", rows)}
     right = model(digits.test_images[:40]).argmax(1) == digits.test_labels[:40]
@@ -68,7 +68,44 @@ def test_both_parts_make_rows_and_pictures_and_go_on(tmp_path, monkeypatch):
         "correlation.png", "layers_accuracy.png", "layers_cost.png"
     }  # fmt: skip
     monkeypatch.setattr(study, "cost", None)
-    assert study.layers("digits_cnn", digits, schedule, tmp_path) == (whole, found)
+    again = study.correlation("lenet5", model, digits.test_images, schedule, tmp_path / "lenet5")
+    assert again == curve
+    again = study.layers("digits_cnn", digits, schedule, tmp_path / "own")
+    assert again == (whole, found)
+    other = difftest.jax_model(
+        trained.model.apply, study.changed(trained.variables, 0.5, jax.random.key(3))
+    )
+    with pytest.raises(ValueError, match="another run, answers"):
+        study.correlation("lenet5", other, digits.test_images, schedule, tmp_path / "lenet5")
+    for changed in ({"chased": 1}, {"accuracy": 30}, {"max_queries": 9}):
+        less = dataclasses.replace(schedule, **changed)
+        with pytest.raises(ValueError, match=f"another run, {next(iter(changed))}"):
+            study.layers("digits_cnn", digits, less, tmp_path / "own")
+
+
+def test_seeds_without_a_trigger_enter_the_success_rate_alone():
+    costs = {
+        0.1: study.Cost([None, None], [None, None], [0, 0], [5, 5]),
+        0.2: study.Cost([30.0, None], [0.2, None], [1, 0], [5, 5]),
+        0.3: study.Cost([10.0, 20.0], [0.1, 0.1], [5, 5], [5, 5]),
+    }
+    rows = rows_of("dflare_dissemination", study.correlation_rows("lenet5", costs))
+    made = {(row.row, row.metric): row for row in rows}
+    none = made["LeNet-5, 10% of the weights", "mean queries"]
+    assert (none.ours, none.n, none.note) == (None, 0, "no trigger was found")
+    assert made["LeNet-5, 10% of the weights", "success rate"].ours == 0
+    assert made["LeNet-5, 20% of the weights", "mean queries"].ours == 30
+    assert made["LeNet-5, 20% of the weights", "success rate"].ours == 10
+    correlation = made["LeNet-5", "correlation of the share with mean queries"]
+    assert (correlation.ours, correlation.n) == (-1, 2)
+
+
+def test_costs_are_of_seeds_with_a_confirmed_trigger():
+    digits, trained = data.load("digits"), zoo.load("digits_cnn")
+    model = difftest.jax_model(trained.model.apply, trained.variables)
+    twins = difftest.ModelPair(model, model)
+    found = study.cost(twins, digits.test_images, 4, 2, 3)
+    assert found == study.Cost([None, None], [None, None], [0, 0], [4, 4])
 
 
 def test_adversarial_images_that_trigger_are_counted():
