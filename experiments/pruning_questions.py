@@ -40,10 +40,10 @@ from experiments.robust_pruning import (
     Outcome,
     interval,
     made_at,
+    merge,
     percent,
     recipe,
     share,
-    write,
 )  # fmt: skip
 from prune import evaluate, hydra, lwm, masks, quantize, random_masks, rounds, scratch, snip, stages
 from prune.stages import Pruned, Run, Stage
@@ -58,8 +58,9 @@ TEXT = (
     "8 bits follow gradients that pass the rounding as if it were none. Fewer images to prune by "
     "make as many fewer updates of the scores, as epochs stay what they are. Two rounds have half "
     "as many epochs each, rounded up. LWM in steps prunes after each epoch of the search. What is "
-    "trained from scratch is the whole network's first draw under the masks, for as many epochs "
-    "as the whole network was trained, and not fine-tuned."
+    "trained from scratch starts from weights drawn anew, under the masks, for as many epochs as "
+    "the whole network was trained, and is not fine-tuned. What is lost to 8 bits is lost within "
+    "one network."
 )
 
 
@@ -86,12 +87,12 @@ class Cell:
     @property
     def search(self) -> Stage:
         """How scores are trained."""
-        return recipe(self.objective, self.case.schedule)[1]
+        return recipe(self.objective, self.case.schedule, self.case.name)[1]
 
     @property
     def finetune(self) -> Stage:
         """How what is kept is trained."""
-        return recipe(self.objective, self.case.schedule)[2]
+        return recipe(self.objective, self.case.schedule, self.case.name)[2]
 
     def prune(self, method: Callable[..., Pruned], **options: Any) -> Pruned:
         """The network pruned by a method of `prune` and fine-tuned."""
@@ -144,7 +145,7 @@ def _from_scratch(cell: Cell) -> Pruned:
         cell.case.network, cell.case.dataset, cell.search, cell.variables, scores,
         masks.counts(scores, cell.keep), run=cell.run,
     )  # fmt: skip
-    train = recipe(cell.objective, cell.case.schedule)[0]
+    train = recipe(cell.objective, cell.case.schedule, cell.case.name)[0]
     return scratch.train(
         cell.case.network.model, cell.case.dataset, found.masks, train, run=cell.run
     )
@@ -165,6 +166,7 @@ def _in_rounds(cell: Cell) -> Pruned:
 
 
 _STRONG = "era at 8/255, far longer"
+_LOST = ", lost to 8 bits of "
 # Of attacks, in 255ths; eight is what networks are trained against.
 STRENGTHS = (2, 4, 8, 12, 16)
 
@@ -192,6 +194,9 @@ def judge_after(case: Case, objective: str, found: Pruned, seed: int) -> Outcome
                 restarts=schedule.restarts,
             )  # fmt: skip
             measured[f"era at {strength}/255{form}"] = attacked.accuracy
+    for form, said in ((", weights in 8 bits", "weights"), (", activations too", "everything")):
+        for name in ("benign accuracy", "era at 8/255"):
+            measured[f"{name}{_LOST}{said}"] = measured[name] - measured[f"{name}{form}"]
     count, steps, restarts = schedule.strong
     attacked = evaluate.era(
         jax.random.key(seed), network.predict, found.variables, case.tests[:count],
@@ -436,8 +441,8 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
             mean, half = interval([outcome.measured[measure] for outcome in outcomes])
             made.append({
                 "row": _row(key), "metric": SAID.get(measure, measure), "ours": mean,
-                "spread": half, "unit": "%", "n": len(outcomes),
-                **made_at(_note(case, measure), outcomes),
+                "spread": half, "unit": "points" if _LOST in measure else "%", "n": len(outcomes),
+                **made_at(_note(case, key, measure), outcomes),
                 "published": known.get((*key[:3], measure)),
             })  # fmt: skip
     for key, outcomes in found.items():
@@ -453,16 +458,20 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
             made.append({
                 "row": f"{_row(key)} - {first.variant}", "metric": SAID.get(measure, measure),
                 "ours": mean, "spread": half, "unit": "points", "n": len(apart),
-                **made_at(_note(case, measure), outcomes + found[first]),
+                **made_at(_note(case, key, measure), outcomes + found[first]),
             })  # fmt: skip
     return made
 
 
-def _note(case: Case, measure: str) -> str:
+def _note(case: Case, key: Key, measure: str) -> str:
     if measure == _STRONG:
         count, steps, restarts = case.schedule.strong
         return f"{count:,} test images, PGD-{steps:,}, {restarts} restarts"
-    return robust_pruning.note(case, measure if measure in SAID else measure.split()[0])
+    if measure in SAID:
+        method = _SHARED.get(QUESTIONS[key.question].variants[key.variant], "")
+        return robust_pruning.note(case, key.objective, measure, method)
+    attack = f", PGD-{case.schedule.steps}, {case.schedule.restarts} restarts"
+    return f"{len(case.labels):,} test images{attack if measure.startswith('era') else ''}"
 
 
 def save_figures(found: Found, folder: Path) -> list[Path]:
@@ -516,7 +525,7 @@ def main(argv: Sequence[str]) -> None:
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     about["data"] = robust_pruning.described(case)
-    write(Path(given.out), "pruning_questions", TITLE, TEXT, about, rows(case, found))
+    merge(Path(given.out), "pruning_questions", TITLE, TEXT, about, rows(case, found))
 
 
 def _define_flags() -> None:

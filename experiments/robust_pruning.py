@@ -26,7 +26,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,18 +49,19 @@ TEXT = (
     "of convolutions and dense layers) is kept, the same of every layer but for HARP, which "
     "divides as many among the layers. Benign: accuracy on the test images. Era: accuracy that "
     "PGD leaves, an image counting only if it survives every restart. AutoAttack: the ensemble, "
-    "on fewer images. Vra: share certified, by interval bounds (vra-t), symbolic intervals "
-    "(vra-m) or randomized smoothing (vra-s, in L2). In per cent; mean over seeds, which draw "
-    "everything from the first weights on, with Student's 95 % interval of that mean (none for "
-    "one seed). Differences are within a seed, from the same trained network. LWM in one step "
-    "and chance spend no epochs on pruning, all others as many as HYDRA, but for HYDRA under "
-    "HARP's shares, which spends twice as many; all fine-tune alike. Methods that train weights "
-    "while they prune (ADMM, its penalty 0.01; LWM in steps, one an epoch) do so at the rate that "
-    "scores have. Where a schedule has fewer steps than the paper, the small rates of Adam "
-    "(CROWN-IBP, MixTrain) grow by as much, up to that of training; the weight of MixTrain's "
-    "bounds and HARP's penalty grow so much faster that they end where they would; free training "
-    "rounds its epochs up to whole replays. Published figures stand beside the same network on "
-    "the same data alone; those of CIFAR-10 are of networks trained with 500,000 further images."
+    "on fewer images, of which era is stated too. Vra: share certified, by interval bounds "
+    "(vra-t), symbolic intervals (vra-m) or randomized smoothing (vra-s, in L2). In per cent; "
+    "mean over seeds, which draw everything from the first weights on, with Student's 95 % "
+    "interval of that mean (none for one seed). Differences are within a seed, from the same "
+    "trained network. LWM in one step and chance spend no epochs on pruning, all others as many "
+    "as HYDRA, but for HYDRA under HARP's shares, which spends twice as many; all fine-tune "
+    "alike. Methods that train weights while they prune (ADMM, its penalty 0.01; LWM in steps, "
+    "one an epoch) do so at the rate that scores have. Where a schedule has fewer steps than the "
+    "paper, the small rates of Adam (CROWN-IBP, MixTrain) grow by as much, up to that of "
+    "training; the weight of MixTrain's bounds and HARP's penalty grow so much faster that they "
+    "end where they would; free training rounds its epochs up to whole replays. Published figures "
+    "stand beside the same network on the same data alone; those of CIFAR-10 are of networks "
+    "trained with 500,000 further images."
 )
 
 
@@ -103,8 +104,9 @@ EPS = {
 SIGMA = 0.25
 # The paper states vra-s of CIFAR-10 and SVHN at an L2 distance of 110/255.
 RADIUS = 110 / 255
-# The released code bounds few images a batch; small networks can afford five.
-_BOUNDED = 5
+# Images of a batch that MixTrain bounds: five of small networks, one of others.
+_SMALL = frozenset({"cnn_small", "digits_cnn", "lenet1", "lenet4", "lenet5", "mlp", "mnist_cnn"})
+_FEW, _ONE = 5, 1
 
 _SHARES = (1.0, 0.1, 0.05, 0.01)
 _TABLE = {
@@ -150,6 +152,7 @@ class Schedule:
       attacked: Test images, the first of `tests`, under AutoAttack; 0: none.
       noisy: Noisy images that certify one; of the first `smoothed` test images.
       smoothed: Test images certified by smoothing.
+      eps: Half the width of the box, 0..1; None: as `EPS` says of each objective.
       strong: Test images, the first of `tests`, that `pruning_questions` attacks by PGD of so many
         steps from so many starts.
       options: Of objectives, by name, in place of their defaults.
@@ -167,7 +170,18 @@ class Schedule:
     noisy: int = 10_000
     smoothed: int = 200
     strong: tuple[int, int, int] = (100, 1_000, 100)
+    eps: float | None = None
     options: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.eps is not None and not 0 <= self.eps <= 1:
+            raise ValueError(f"eps must be 0 to 1, not {self.eps}")
+
+    def eps_of(self, objective: str) -> float:
+        """Half the width of the box under an objective, 0 where that has none."""
+        if objective not in EPS or self.eps is None:
+            return EPS.get(objective, 0.0)
+        return self.eps
 
 
 SCHEDULES = {
@@ -195,8 +209,10 @@ _RECIPES = {
 _IMAGES = 50_000
 
 
-def recipe(objective: str, schedule: Schedule) -> tuple[Stage, Stage, Stage]:
-    """The three stages under an objective.
+def recipe(
+    objective: str, schedule: Schedule, model: str = "cnn_small"
+) -> tuple[Stage, Stage, Stage]:
+    """The three stages under an objective, for a network of that name.
 
     Adam moves a number by about its rate a step, so where there are fewer steps than in the paper,
     its small rates of pruning and of fine-tuning grow by as much, up to that of training. The
@@ -213,7 +229,7 @@ def recipe(objective: str, schedule: Schedule) -> tuple[Stage, Stage, Stage]:
         rates = first, second, third
     chosen = dict(dict(schedule.options).get(objective, ()))
     if objective in EPS:
-        chosen["eps"] = EPS[objective]
+        chosen["eps"] = schedule.eps_of(objective)
     if objective == "smoothing":
         chosen["sigma"] = SIGMA
     every = [5 * e / p for p, e in zip(planned, epochs, strict=True)]
@@ -224,7 +240,7 @@ def recipe(objective: str, schedule: Schedule) -> tuple[Stage, Stage, Stage]:
 
     def stage(i: int, **more: Any) -> Stage:
         if objective == "mixtrain":
-            more = {"samples": _BOUNDED, "every": every[i], **more}
+            more = {"samples": _FEW if model in _SMALL else _ONE, "every": every[i], **more}
         return Stage(
             objective, {**more, **chosen}, epochs=epochs[i], learning_rate=rates[i],
             optimizer=optimizer, batch_size=schedule.batch_size or batch, crop=schedule.crop,
@@ -323,7 +339,7 @@ def judge(case: Case, objective: str, found: Pruned, seed: int) -> Outcome:
     schedule, key = case.schedule, jax.random.key(seed)
     network, variables = case.network.predict, found.variables
     few, many = case.tests[: schedule.smoothed], case.tests
-    eps = EPS.get(objective, 0.0)
+    eps = schedule.eps_of(objective)
     measures: dict[str, Callable[[], evaluate.Verdict]] = {
         "benign": lambda: evaluate.benign(network, variables, many, case.labels),
         "era": lambda: evaluate.era(
@@ -346,9 +362,32 @@ def judge(case: Case, objective: str, found: Pruned, seed: int) -> Outcome:
         ),
     }  # fmt: skip
     wanted = [m for m in MEASURES[objective] if m != "autoattack" or schedule.attacked]
-    measured = {name: measures[name]().accuracy for name in wanted}
+    verdicts = {name: measures[name]() for name in wanted}
     counted = histograms.histogram(variables["params"], found.masks, EDGES)
-    return Outcome(measured, [int(n) for n in counted], case.commit)
+    return Outcome(
+        compared(verdicts, schedule.attacked), [int(n) for n in counted], case.commit
+    )  # fmt: skip
+
+
+# Measures that follow from verdicts on the same images.
+ERA_OF_SAME, CONTRADICTED = "era_of_same", "contradicted"
+
+
+def compared(verdicts: Mapping[str, evaluate.Verdict], attacked: int) -> dict[str, float]:
+    """What was measured, 0..1, and how verdicts on the same images agree.
+
+    Args:
+      verdicts: By measure, on test images in one order.
+      attacked: How many of the first AutoAttack had, for which era is stated too.
+    """
+    measured: dict[str, float] = {}
+    for name, verdict in verdicts.items():
+        if name == "autoattack" and "era" in verdicts:
+            measured[ERA_OF_SAME] = float(verdicts["era"].right[:attacked].mean())
+        measured[name] = verdict.accuracy
+        if name in ("vra_t", "vra_m") and "era" in verdicts:
+            measured[CONTRADICTED] = float((verdict.right & ~verdicts["era"].right).mean())
+    return measured
 
 
 def pruned(case: Case, objective: str, method: str, keep: Fraction, seed: int, variables: Any,
@@ -369,7 +408,7 @@ def pruned(case: Case, objective: str, method: str, keep: Fraction, seed: int, v
     """
     if method not in METHODS:
         raise ValueError(f"methods must be among {', '.join(METHODS)}, not {method}")
-    _, search, finetune = recipe(objective, case.schedule)
+    _, search, finetune = recipe(objective, case.schedule, case.name)
     model, dataset = case.network.model, case.dataset
     run = dataclasses.replace(run, seed=seed)
     after = functools.partial(
@@ -394,7 +433,7 @@ def pruned(case: Case, objective: str, method: str, keep: Fraction, seed: int, v
 def trained(case: Case, objective: str, seed: int, work: Path, show: bool = False) -> Any:
     """The dense network's variables, trained unless the folder holds them."""
     return stages.pretrain(
-        case.network, case.dataset, recipe(objective, case.schedule)[0],
+        case.network, case.dataset, recipe(objective, case.schedule, case.name)[0],
         run=Run(seed=seed, folder=folder_of(work, objective, seed), show=show),
     )  # fmt: skip
 
@@ -557,7 +596,8 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 SAID = {
     "benign": "benign accuracy", "era": "era", "autoattack": "AutoAttack", "vra_t": "vra-t",
-    "vra_m": "vra-m", "vra_s": "vra-s",
+    "vra_m": "vra-m", "vra_s": "vra-s", ERA_OF_SAME: "era on AutoAttack's images",
+    CONTRADICTED: "certified images that PGD fooled",
 }  # fmt: skip
 # Whose difference is shown.
 PAIRS = (("hydra", "lwm"), ("harp", "hydra"), ("admm", "lwm"), ("hydra_shares", "hydra"))
@@ -573,7 +613,7 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
             made.append({
                 "row": f"{objective}: {what}", "metric": SAID[measure], "ours": mean,
                 "spread": half, "unit": "%", "n": len(outcomes),
-                **made_at(note(case, measure), outcomes),
+                **made_at(note(case, objective, measure, method), outcomes),
                 "published": published(
                     case.name, case.dataset.name, objective, measure, method, float(share(ratio))
                 ),
@@ -598,7 +638,8 @@ def rows(case: Case, found: Found) -> list[dict[str, Any]]:
                     "row": f"{objective}: {METHODS[better].title} - {METHODS[other].title}, "
                     f"{percent(ratio)} pruned",
                     "metric": SAID[measure], "ours": mean, "spread": half, "unit": "points",
-                    "n": len(apart), **made_at(note(case, measure), outcomes + beside),
+                    "n": len(apart),
+                    **made_at(note(case, objective, measure, better), outcomes + beside),
                     "published": None if one is None or two is None else round(one - two, 2),
                 })  # fmt: skip
     return made
@@ -612,24 +653,32 @@ def made_at(note: str, outcomes: Sequence[Outcome]) -> dict[str, str]:
     return {"note": f"{note}; networks made at {', '.join(commits)}"}
 
 
-def note(case: Case, measure: str) -> str:
-    """How something was measured, in words."""
+def note(case: Case, objective: str, measure: str, method: str = "") -> str:
+    """How something was measured, in words, and in how many steps LWM pruned if it did in steps."""
     schedule, count = case.schedule, len(case.labels)
+    eps = f"eps {Fraction(schedule.eps_of(objective)).limit_denominator(1_000)}"
+    attacked = min(schedule.attacked, count)
+    pgd = f"PGD-{schedule.steps}, {schedule.restarts} restarts, {eps}"
     said = {
         "benign": f"{count:,} test images",
-        "era": f"{count:,} test images, PGD-{schedule.steps}, {schedule.restarts} restarts",
-        "autoattack": f"{min(schedule.attacked, count):,} test images",
-        "vra_t": f"{count:,} test images",
-        "vra_m": f"{count:,} test images",
+        "era": f"{count:,} test images, {pgd}",
+        ERA_OF_SAME: f"the same {attacked:,} test images, {pgd}",
+        "autoattack": f"{attacked:,} test images, {eps}",
+        "vra_t": f"{count:,} test images, {eps}",
+        "vra_m": f"{count:,} test images, {eps}",
+        CONTRADICTED: f"{count:,} test images, {pgd}; 0 unless a certificate is wrong",
         "vra_s": f"{min(schedule.smoothed, count):,} test images, {schedule.noisy:,} noisy ones "
         f"each, radius {RADIUS:.3f}",
-    }
-    return said[measure]
+    }[measure]
+    if method == "lwm_steps":
+        said += f"; {recipe(objective, schedule, case.name)[1].epochs} steps of pruning"
+    return said
 
 
-def work_of(model: str, dataset: str, schedule: str) -> str:
+def work_of(model: str, dataset: str, schedule: str, eps: float | None = None) -> str:
     """The folder for what is done so far."""
-    return f"out/robust_pruning/{model}_{dataset}_{schedule}"
+    box = "" if eps is None else f"_eps_{eps:g}"
+    return f"out/robust_pruning/{model}_{dataset}_{schedule}{box}"
 
 
 def described(case: Case) -> str:
@@ -638,6 +687,7 @@ def described(case: Case) -> str:
     return (
         f"{case.dataset.name}{jpeg}: {len(case.dataset.train_labels):,} training images, "
         f"{len(case.labels):,} test images; {case.name}"
+        + ("" if case.schedule.eps is None else f"; eps {case.schedule.eps:g}")
     )
 
 
@@ -645,7 +695,9 @@ def save_figures(found: Found, part: Part, folder: Path) -> list[Path]:
     """Draws one picture of each measure of each objective, and one of the weights kept."""
     paths = []
     for objective in part.objectives:
-        for measure in found[objective, "dense", 0.0][0].measured:
+        for measure in MEASURES[objective]:
+            if measure not in found[objective, "dense", 0.0][0].measured:
+                continue
             curves = {
                 METHODS[method].title: {
                     ratio: [o.measured[measure] for o in found[objective, method, ratio]]
@@ -685,15 +737,34 @@ def main(argv: Sequence[str]) -> None:
         # Of the code that ran, should it change on the way.
         about = origin(data="", seeds=part.seeds)
         case = prepare(
-            given.model, given.data, given.data_dir, SCHEDULES[given.schedule], about["commit"]
-        )
-        work = Path(given.work or work_of(given.model, given.data, given.schedule))
+            given.model, given.data, given.data_dir,
+            dataclasses.replace(SCHEDULES[given.schedule], eps=given.eps), about["commit"],
+        )  # fmt: skip
+        work = Path(given.work or work_of(given.model, given.data, given.schedule, given.eps))
         found = run(case, part, work, show=True)
         save_figures(found, part, Path(given.figures))
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     about["data"] = described(case)
-    write(Path(given.out), "robust_pruning", TITLE, TEXT, about, rows(case, found))
+    merge(Path(given.out), "robust_pruning", TITLE, TEXT, about, rows(case, found))
+
+
+def merge(
+    out: Path, study: str, title: str, text: str, about: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """Writes a results file as `write`; rows in it with another title, or of other data, stay."""
+    known = []
+    try:
+        if out.is_file():
+            made = {(row["row"], about["data"]) for row in rows}
+            known = [
+                {k: v for k, v in dataclasses.asdict(row).items() if k != "study"}
+                for row in record.read(out).rows
+                if (row.row, row.data) not in made
+            ]
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    write(out, study, title, text, about, known + rows)
 
 
 def write(
@@ -714,6 +785,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("data", "cifar10", "data set")
     flags.DEFINE_string("data_dir", None, "folder searched first for the data set")
     flags.DEFINE_enum("schedule", "cpu", sorted(SCHEDULES), "how much is run")
+    flags.DEFINE_float("eps", None, "half the width of the box; each objective's unless set", 0, 1)
     flags.DEFINE_list("objectives", ["trades"], f"of {', '.join(MEASURES)}")
     flags.DEFINE_list("methods", list(DEFAULT_METHODS), f"of {', '.join(METHODS)}")
     flags.DEFINE_list("ratios", ["0.9", "0.95", "0.99"], "shares of the weights that are pruned")

@@ -136,8 +136,12 @@ def test_what_is_left_afterwards(case, monkeypatch):
         "benign accuracy", *[f"era at {eps}/255" for eps in study.STRENGTHS],
         "benign accuracy, weights in 8 bits", "era at 8/255, weights in 8 bits",
         "benign accuracy, activations too", "era at 8/255, activations too",
+        *[f"{name}, lost to 8 bits of {what}" for what in ("weights", "everything")
+          for name in ("benign accuracy", "era at 8/255")],
         "era at 8/255, far longer",
     ]  # fmt: skip
+    lost = found["era at 8/255"] - found["era at 8/255, activations too"]
+    assert found["era at 8/255, lost to 8 bits of everything"] == lost
     assert all(found[f"era at {eps}/255"] <= found["benign accuracy"] for eps in study.STRENGTHS)
     outcomes = {
         Key("after", "trades", name, 0.99): [Outcome(found, [])] * 2 for name in ("LWM", "HYDRA")

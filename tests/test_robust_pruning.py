@@ -3,13 +3,14 @@
 import dataclasses
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import record
 from experiments import robust_pruning as study
 from experiments.robust_pruning import Outcome, Part
-from prune import masks
+from prune import evaluate, masks, stages
 
 TINY = dataclasses.replace(study.SCHEDULES["tiny"], images=64, tests=16)
 PART = Part(objectives=("trades",), methods=("lwm", "hydra"), ratios=(0.9,), seeds=(0, 1))
@@ -150,3 +151,69 @@ def test_parts_that_are_not_accepted(options, said):
     with pytest.raises(ValueError) as caught:
         Part(**options)
     assert str(caught.value) == said
+
+
+def test_verdicts_on_the_same_images_are_compared():
+    right = evaluate.Verdict(np.array([True, False, True, False]))
+    every = {"era": right, "autoattack": evaluate.Verdict(np.array([True, False]))}
+    found = study.compared(every, 2)
+    assert list(found.values()) == [0.5, 0.5, 0.5] and list(found)[1] == study.ERA_OF_SAME
+    assert study.compared({"era": right, "vra_t": right}, 2)[study.CONTRADICTED] == 0
+    wrong = evaluate.Verdict(np.array([True, True, False, False]))
+    assert study.compared({"era": right, "vra_m": wrong}, 2)[study.CONTRADICTED] == 0.25
+
+
+def test_eps_reaches_the_recipe_the_notes_and_the_folder(case, tmp_path):
+    wide = dataclasses.replace(case, schedule=dataclasses.replace(TINY, eps=0.1))
+    for objective in study.MEASURES:
+        given = [dict(stage.options).get("eps") for stage in study.recipe(objective, wide.schedule)]
+        assert given == [0.1 if objective in study.EPS else None] * 3
+    assert study.note(wide, "trades", "era").endswith("eps 1/10")
+    assert study.described(wide).endswith("; eps 0.1")
+    study.claim(case, tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints of another run, schedule was"):
+        study.claim(wide, tmp_path)
+    with pytest.raises(ValueError, match="^eps must be 0 to 1, not 2"):
+        dataclasses.replace(TINY, eps=2)
+
+
+def test_mixtrain_bounds_five_images_of_small_networks_and_one_of_others():
+    for model, count in (("cnn_small", 5), ("lenet5", 5), ("vgg16", 1), ("cnn_large", 1)):
+        stage = study.recipe("mixtrain", study.SCHEDULES["published"], model)[0]
+        assert dict(stage.options)["samples"] == count
+
+
+def test_steps_of_lwm_are_said(case):
+    said = study.note(case, "trades", "benign", "lwm_steps")
+    assert said == "16 test images; 1 steps of pruning"
+
+
+def test_rows_of_other_runs_stay(tmp_path):
+    out, about = tmp_path / "rows.json", {k: v for k, v in ABOUT.items()}
+
+    def merge(name, ours, **more):
+        row = {"row": name, "metric": "era", "ours": ours}
+        study.merge(out, "robust_pruning", "title", "", {**about, **more}, [row])
+
+    merge("trades: dense", 1)
+    merge("pgd: dense", 2, commit="1234567")
+    merge("trades: dense", 3, data="mnist")
+    merge("trades: dense", 4)
+    left = [(row.row, row.data, row.ours) for row in record.read(out).rows]
+    assert left == [
+        ("pgd: dense", "digits", 2), ("trades: dense", "mnist", 3), ("trades: dense", "digits", 4)
+    ]  # fmt: skip
+    assert record.read(out).rows[0].commit == "1234567"
+
+
+@pytest.mark.parametrize("method", ["admm", "harp", "hydra_shares", "lwm_steps"])
+def test_every_method_prunes(case, method):
+    variables = case.network.initialize(jax.random.key(0))
+    found = study.pruned(
+        case, "natural", method, study.share(0.9), 0, variables, stages.Run()
+    )  # fmt: skip
+    # The shares of four layers are rounded, each by less than one weight.
+    total = sum(math.ceil(0.1 * n) for n in (144, 4608, 4096, 320))
+    assert abs(masks.kept(found.masks)[0] - total) <= 4
+    kernel = found.variables["params"]["Conv_0"]["kernel"]
+    assert (np.asarray(kernel)[~np.asarray(found.masks["Conv_0"]["kernel"])] == 0).all()
