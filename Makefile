@@ -34,7 +34,7 @@ demo: $(RUN)
 	$(PY) -m experiments.quickstart
 
 test: $(TEST)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadfile
 
 slow: $(TEST)
 	$(PY) -m pytest -m slow
