@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 import difftest
 from difftest import repair
 from experiments import page, pairs, record
-from experiments.dflare_search import write_beside
 from experiments.provenance import ROOT, origin
+from experiments.robust_pruning import merge
 from nnslicer_jax import checkpoint
 from nnslicer_jax.atomic import replacing
 
@@ -491,7 +491,7 @@ def main(argv: Sequence[str]) -> None:
         save_figure(found, Path(given.figures) / "ratios.png")
     except (OSError, ValueError, difftest.ModelError) as error:
         sys.exit(f"error: {error}")
-    write_beside(Path(given.out), "dflare_repair", TITLE, TEXT, about, made)
+    merge(Path(given.out), "dflare_repair", TITLE, TEXT, about, made)
 
 
 def _define_flags() -> None:

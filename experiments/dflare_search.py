@@ -29,9 +29,9 @@ from scipy.stats import wilcoxon
 
 import difftest
 from difftest.diffchaser import diffchase
-from experiments import page, pairs, record
+from experiments import page, pairs
 from experiments.provenance import ROOT, origin
-from experiments.robust_pruning import write
+from experiments.robust_pruning import merge
 from nnslicer_jax.atomic import replacing
 from nnslicer_jax.checkpoint import claim, digest
 
@@ -568,32 +568,6 @@ def prepare(name: str, options: dict[str, Any], data_dir: str | None, images: st
     return Case(name, pairs.titled(name, row), pair, words, pixels, labels)
 
 
-def write_beside(
-    out: Path, study: str, title: str, text: str, about: dict[str, Any], rows: list[dict[str, Any]]
-) -> None:
-    """Writes a results file, in which what an earlier run measured on something else stays.
-
-    Args:
-      out: The file.
-      study: Of all rows.
-      title: Of the file; one of another title is replaced whole.
-      text: Of the file.
-      about: Fields of all rows that do not say otherwise.
-      rows: The new rows; of the old ones those stay whose `row` is none of theirs.
-    """
-    made = {row["row"] for row in rows}
-    try:
-        before = record.read(out) if out.is_file() else None
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    kept = []
-    if before is not None and (before.title, before.study) == (title, study):
-        kept = [dataclasses.asdict(row) for row in before.rows if row.row not in made]
-        for row in kept:
-            del row["study"]
-    write(out, study, title, text, about, kept + rows)
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
@@ -621,7 +595,7 @@ def main(argv: Sequence[str]) -> None:
             save_examples(case, schedule, found, Path(given.figures) / f"triggers_{name}.png")
     except (OSError, ValueError, difftest.ModelError) as error:
         sys.exit(f"error: {error}")
-    write_beside(Path(given.out), "dflare_search", TITLE, TEXT, about, made)
+    merge(Path(given.out), "dflare_search", TITLE, TEXT, about, made)
 
 
 def _define_flags() -> None:

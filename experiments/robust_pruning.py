@@ -752,18 +752,28 @@ def main(argv: Sequence[str]) -> None:
 def merge(
     out: Path, study: str, title: str, text: str, about: dict[str, Any], rows: list[dict[str, Any]]
 ) -> None:
-    """Writes a results file as `write`; rows in it with another title, or of other data, stay."""
+    """Writes a results file as `write`, in which what was measured on something else stays.
+
+    Args:
+      out: The file; one of another title is replaced whole.
+      study: Of all rows.
+      title: Of the file.
+      text: Of the file.
+      about: Fields of all rows that do not say otherwise.
+      rows: The new rows; of the old ones those go whose `row` and `data` are one of theirs.
+    """
     known = []
     try:
-        if out.is_file():
-            made = {(row["row"], about["data"]) for row in rows}
-            known = [
-                {k: v for k, v in dataclasses.asdict(row).items() if k != "study"}
-                for row in record.read(out).rows
-                if (row.row, row.data) not in made
-            ]
+        before = record.read(out) if out.is_file() else None
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    if before is not None and before.title == title:
+        made = {(row["row"], row.get("data", about["data"])) for row in rows}
+        known = [
+            {k: v for k, v in dataclasses.asdict(row).items() if k != "study"}
+            for row in before.rows
+            if (row.row, row.data) not in made
+        ]
     write(out, study, title, text, about, known + rows)
 
 

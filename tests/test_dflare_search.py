@@ -145,7 +145,7 @@ def test_rows_of_other_pairs_stay_in_the_file(tmp_path):
     def write(rows, commit, title="A title"):
         about = {**ABOUT, "commit": commit}
         made = [{"row": row, "metric": "success rate", "ours": ours} for row, ours in rows]
-        study.write_beside(out, "dflare_search", title, "Text.", about, made)
+        study.merge(out, "dflare_search", title, "Text.", about, made)
         return {row.row: (row.ours, row.commit) for row in record.read(out).rows}
 
     write([("CNN Prune, best", 1), ("LeNet-1, best", 2)], "0" * 7)
