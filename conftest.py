@@ -36,9 +36,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _room_for_compiled_programs():
-    yield
+def pytest_runtest_teardown():
     regions = Path("/proc/self/maps")
     if regions.exists() and len(regions.read_bytes().splitlines()) > _MOST_REGIONS:
         jax.clear_caches()

@@ -7,7 +7,7 @@ nothing left to do, so that the host can leave those out.
 """
 
 import time
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,7 @@ def run(
     assert isinstance(pair.original, JaxModel) and isinstance(pair.compressed, JaxModel)
     models = (pair.original, pair.compressed)
     params = tuple(model.params for model in models)
+    steps = _program(models, rules, max_queries)
     begun = rows.queries[waiting].copy()
     source = _Seeds(
         jnp.asarray(seeds[waiting]),
@@ -109,16 +110,16 @@ def run(
         if state.walks.store.vectors.shape != compiled:
             # Nobody's time: with all slots empty it ends at once.
             empty = state._replace(row=jnp.full_like(state.row, len(waiting)))
-            jax.block_until_ready(_steps(models, rules, max_queries, params, key, source, empty))
+            jax.block_until_ready(steps(params, key, source, empty))
             compiled = state.walks.store.vectors.shape
         started = time.perf_counter()
-        state = _steps(models, rules, max_queries, params, key, source, state)
-        steps = int(state.step)
-        log = _Log(*(leaf[:steps] for leaf in jax.device_get(state.log)))
+        state = steps(params, key, source, state)
+        taken = int(state.step)
+        log = _Log(*(leaf[:taken] for leaf in jax.device_get(state.log)))
         took = time.perf_counter() - started
         used = log.row < len(waiting)
-        if steps:
-            share = took / steps / np.maximum(used.sum(axis=1), 1)
+        if taken:
+            share = took / taken / np.maximum(used.sum(axis=1), 1)
             times = np.repeat(share[:, None], log.row.shape[1], axis=1)
             np.add.at(rows.seconds, waiting[log.row[used]], times[used])
         for step, slot in zip(*np.nonzero(log.accepted & used), strict=True):
@@ -256,7 +257,12 @@ def _give_up(
     return _refill(rules, key, source, state._replace(rows=rows), slow)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+# A program is some thousand regions of memory, of which a process has 65,530: few are kept.
+@lru_cache(maxsize=4)
+def _program(models: tuple[JaxModel, JaxModel], rules: Rules, max_queries: int) -> Any:
+    return jax.jit(partial(_steps, models, rules, max_queries))
+
+
 def _steps(
     models: tuple[JaxModel, JaxModel],
     rules: Rules,

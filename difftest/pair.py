@@ -7,7 +7,7 @@ stay on the device.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -53,12 +53,12 @@ class JaxModel:
         # Batches are filled to a power of two: a shrinking batch compiles few sizes, not each.
         room = 1 << max(size - 1, 0).bit_length()
         filled = np.concatenate([images, np.repeat(images[-1:], room - size, axis=0)])
-        return np.asarray(_jitted(self, self.params, filled))[:size]
+        return np.asarray(self._program(self.params, filled))[:size]
 
-
-@partial(jax.jit, static_argnums=0)
-def _jitted(model: JaxModel, params: Any, images: jax.Array) -> jax.Array:
-    return model.traced(params, images)
+    @cached_property
+    def _program(self) -> Any:
+        """Compiled here, not for the module: its memory goes with the model."""
+        return jax.jit(self.traced)
 
 
 def jax_model(
