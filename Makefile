@@ -34,7 +34,7 @@ demo: $(RUN)
 	$(PY) -m experiments.quickstart
 
 test: $(TEST)
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 slow: $(TEST)
 	$(PY) -m pytest -m slow

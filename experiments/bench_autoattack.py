@@ -31,7 +31,8 @@ TITLE = "AutoAttack beside torchattacks"
 TEXT = (
     "Accuracy in per cent that each attack of the ensemble leaves when it alone attacks all the "
     "images, ours and that of torchattacks on the same weights in PyTorch, both judged by our "
-    "network; the spread is the 95 % interval over images (Clopper and Pearson). The difference "
+    "network; torchattacks stands for the reference package, which no index of packages "
+    "holds. The spread is the 95 % interval over images (Clopper and Pearson). The difference "
     "is of the same images; the target is half a point. Seconds are of one run and, for ours, "
     "include compiling, so they say only how far apart the two are."
 )

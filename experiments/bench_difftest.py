@@ -204,11 +204,11 @@ def measured(name: str, given: Any) -> list[dict[str, Any]]:
         whole = data.load("mnist", given.data_dir)
         pair = quantized_lenet1(whole.train_images[:1000])
         title, target, counts = "LeNet-1 and its 8-bit twin in JAX", None, (500, 20)
-        images, _, words = pairs.images_of("mnist", given.data_dir)
+        images, _, words, _ = pairs.images_of("mnist", given.data_dir)
     else:
         pair, wanted, row = pairs.pair(name, data_dir=given.data_dir, pairs_dir=given.pairs_dir)
         title, (target, counts) = " ".join(row), SUBJECTS[name]
-        images, _, words = pairs.images_of(wanted, given.data_dir, given.images)
+        images, _, words, _ = pairs.images_of(wanted, given.data_dir, given.images)
     most, alone = (min(count, given.seeds or count) for count in counts)
     order = np.random.default_rng(0).permutation(len(images))
     seeds = images[order[:most]]

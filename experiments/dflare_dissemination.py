@@ -412,7 +412,7 @@ def main(argv: Sequence[str]) -> None:
             for name in schedule.changed:
                 pair, called, _ = pairs.pair(name, given.data_dir, given.pairs_dir)
                 original: Any = pair.original
-                images, _, words = pairs.images_of(called, given.data_dir, given.images)
+                images, _, words, _ = pairs.images_of(called, given.data_dir, given.images)
                 curves[name] = correlation(name, original, images, schedule, folder / name)
                 made += [{**row, "data": words} for row in correlation_rows(name, curves[name])]
             save_correlation(curves, figures / "correlation.png")

@@ -222,7 +222,7 @@ def prepare(
       FileNotFoundError: For weights or a data set that are nowhere.
     """
     pair, dataset, row = find(name, data_dir=data_dir)
-    images, _, words = pairs.images_of(dataset, data_dir, file)
+    images, _, words, _ = pairs.images_of(dataset, data_dir, file)
     order = np.random.default_rng(0).permutation(len(images))
     used, free = np.split(order[: 2 * schedule.images], [schedule.images])
     said = f"{words}: {len(used):,} seeds and {len(free):,} unseen ones"

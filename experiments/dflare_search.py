@@ -12,6 +12,8 @@ seeds, five random seeds, 180 seconds a seed, all searches. ``--schedule whole``
 stopped, in the same ``--work``; rows of other pairs that ``--out`` holds stay.
 
 ``python -m experiments.dflare_search --pairs lenet1,lenet5 --pairs_dir ... --data_dir ...``
+``python -m experiments.dflare_search --files a.onnx,b.tflite --data imagenet_folder
+--test_images 2000 --mean 123.675,116.28,103.53 --std 58.395,57.12,57.375``
 """
 
 import dataclasses
@@ -32,6 +34,7 @@ from difftest.diffchaser import diffchase
 from experiments import page, pairs
 from experiments.provenance import ROOT, origin
 from experiments.robust_pruning import merge
+from nnslicer_jax import data
 from nnslicer_jax.atomic import replacing
 from nnslicer_jax.checkpoint import claim, digest
 
@@ -190,11 +193,11 @@ TABLE_2 = {
     "VGG-16 Quantization": (87.48, 87.06),
     "VGG-16 Knowledge Distillation": (87.48, 87.59),
 }
-# Table 1: test images on which the pair disagrees.
+# Table 1: images on which the pair disagrees, of the training set and of the test set.
 TABLE_1 = {
-    "LeNet-1 Quantization-8-bit": "9 of 10,000",
-    "LeNet-5 Quantization-8-bit": "5 of 10,000",
-    "ResNet-20 Quantization-8-bit": "62 of 10,000",
+    "LeNet-1 Quantization-8-bit": ("83 of 60,000", "9 of 10,000"),
+    "LeNet-5 Quantization-8-bit": ("23 of 60,000", "5 of 10,000"),
+    "ResNet-20 Quantization-8-bit": ("75 of 50,000", "62 of 10,000"),
 }
 
 
@@ -252,6 +255,7 @@ class Case:
       data: The data in words.
       images: uint8 `[N, H, W, C]`.
       labels: int `[N]`, the true classes.
+      training: uint8 `[M, H, W, C]`, the training images; None where there are none.
     """
 
     name: str
@@ -260,6 +264,7 @@ class Case:
     data: str
     images: np.ndarray
     labels: np.ndarray
+    training: Any = None
 
 
 class Summary(NamedTuple):
@@ -461,11 +466,7 @@ def _timeouts(case: Case, found: Found, schedule: Schedule) -> list[dict[str, An
 
 def _accuracies(case: Case) -> list[dict[str, Any]]:
     """Of tables 1 and 2, over all images."""
-    labels = [
-        np.concatenate([part.argmax(axis=1) for part in parts])
-        for parts in zip(*(case.pair.probabilities(some) for some in _parts(case.images)),
-                         strict=True)
-    ]  # fmt: skip
+    labels = _labels(case.pair, case.images)
     about: dict[str, Any] = {"row": case.title, "n": len(case.images), "seeds": ()}
     made: list[dict[str, Any]] = [
         {
@@ -476,16 +477,32 @@ def _accuracies(case: Case) -> list[dict[str, Any]]:
             ("original", "compressed"), labels, TABLE_2.get(case.title, (None, None)), strict=True
         )
     ]  # fmt: skip
-    differ = int((labels[0] != labels[1]).sum())
+    of_training, of_test = TABLE_1.get(case.title, (None, None))
+    metric = "images that trigger unchanged"
     made.append({
-        **about, "metric": "images that trigger unchanged", "ours": differ,
-        "published": TABLE_1.get(case.title),
+        **about, "metric": metric, "ours": int((labels[0] != labels[1]).sum()),
+        "published": of_test,
     })  # fmt: skip
+    if case.training is not None and len(case.training):
+        labels = _labels(case.pair, case.training)
+        made.append({
+            **about, "metric": f"training {metric}", "ours": int((labels[0] != labels[1]).sum()),
+            "published": of_training, "n": len(case.training),
+        })  # fmt: skip
     return made
 
 
-def _parts(images: np.ndarray) -> list[np.ndarray]:
-    return np.array_split(images, max(1, -(-len(images) // 256)))
+def _labels(pair: difftest.ModelPair, images: Any) -> list[np.ndarray]:
+    """The labels that the original and the compressed model give, each int `[N]`."""
+    size = 256
+    parts = [
+        [
+            probabilities.argmax(axis=1)
+            for probabilities in pair.probabilities(images[at : at + size])
+        ]
+        for at in range(0, len(images), size)
+    ]
+    return [np.concatenate(labels) for labels in zip(*parts, strict=True)]
 
 
 def _comparisons(case: Case, found: Found) -> list[dict[str, Any]]:
@@ -561,11 +578,31 @@ def _show(ax: Any, image: np.ndarray, title: str) -> None:
     ax.set_title(title, fontsize="small")
 
 
-def prepare(name: str, options: dict[str, Any], data_dir: str | None, images: str | None) -> Case:
-    """Loads a pair and its test images, those of CIFAR-10 from the file where one is given."""
+def prepare(name: str, options: dict[str, Any], given: Any) -> Case:
+    """Loads a pair by its name, with its images."""
     pair, dataset, row = pairs.pair(name, **options)
-    pixels, labels, words = pairs.images_of(dataset, data_dir, images)
-    return Case(name, pairs.titled(name, row), pair, words, pixels, labels)
+    pixels, labels, words, training = pairs.images_of(
+        dataset, given.data_dir, given.images, given.test_images
+    )
+    return Case(name, pairs.titled(name, row), pair, words, pixels, labels, training)
+
+
+def prepare_files(given: Any) -> Case:
+    """Loads the user's own pair and the images of its data set."""
+    if len(given.files) != 2 or given.data is None:
+        raise ValueError(
+            f"--files is {','.join(given.files)}, --data is {given.data}; give the original and "
+            "the compressed model's file, and the data set of their seeds"
+        )
+    try:
+        mean, std = ([float(value) for value in each] for each in (given.mean, given.std))
+    except ValueError as error:
+        raise ValueError(f"--mean and --std take numbers: {error}") from None
+    pair, title = pairs.of_files(given.files[0], given.files[1], mean, std, given.channels_first)
+    pixels, labels, words, _ = pairs.images_of(
+        given.data, given.data_dir, given.images, given.test_images
+    )
+    return Case(title.replace(" ", "_"), title, pair, words, pixels, labels)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -586,13 +623,14 @@ def main(argv: Sequence[str]) -> None:
         for kind in schedule.kinds:
             if kind not in KINDS:
                 raise ValueError(f"--kinds: {kind!r} is unknown; known are {', '.join(KINDS)}")
-        for name in given.pairs:
-            case = prepare(name, options, given.data_dir, given.images)
+        names = [None] if given.files else given.pairs
+        for name in names:
+            case = prepare_files(given) if name is None else prepare(name, options, given)
             found = run(case, schedule, Path(given.work or f"out/dflare_search/{given.schedule}"),
                         show=True)  # fmt: skip
             made += [{**row, "data": case.data} for row in rows(case, found, schedule)]
-            save_histogram(case, found, Path(given.figures) / f"queries_{name}.png")
-            save_examples(case, schedule, found, Path(given.figures) / f"triggers_{name}.png")
+            save_histogram(case, found, Path(given.figures) / f"queries_{case.name}.png")
+            save_examples(case, schedule, found, Path(given.figures) / f"triggers_{case.name}.png")
     except (OSError, ValueError, difftest.ModelError) as error:
         sys.exit(f"error: {error}")
     merge(Path(given.out), "dflare_search", TITLE, TEXT, about, made)
@@ -604,6 +642,12 @@ def _define_flags() -> None:
     flags.DEFINE_string("pairs_dir", None, "folder of the published pairs' files")
     flags.DEFINE_string("data_dir", None, "folder searched first for the data set")
     flags.DEFINE_string("images", None, ".npz file whose test images stand for CIFAR-10's")
+    flags.DEFINE_list("files", [], "files of a pair of your own: original, compressed model")
+    flags.DEFINE_enum("data", None, sorted(data.DATASETS), "data set of the seeds of --files")
+    flags.DEFINE_list("mean", [], "of --files, subtracted from pixels of 0 to 255, a channel each")
+    flags.DEFINE_list("std", [], "of --files, what they are divided by then; else by 255")
+    flags.DEFINE_bool("channels_first", False, "ONNX files of --files take [B, C, H, W]")
+    flags.DEFINE_integer("test_images", None, "so many of a larger test set", lower_bound=1)
     flags.DEFINE_enum("schedule", "cpu", sorted(SCHEDULES), "how much is run")
     flags.DEFINE_list("kinds", [], f"searches, of {', '.join(KINDS)}; all where none is named")
     results = ROOT / "experiments" / "results" / "dflare_search.json"

@@ -106,17 +106,20 @@ NAMES = (*PUBLISHED, *MADE, *OTHERS)
 
 
 class Images(NamedTuple):
-    """Test images.
+    """Test images, and where they come from.
 
     Attributes:
       pixels: uint8 `[N, H, W, C]`.
       labels: int `[N]`.
       words: What they are.
+      training: uint8 `[M, H, W, C]`, indexed like an array, the training images; None where the
+        source has none.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
     words: str
+    training: Any = None
 
 
 def pair(
@@ -161,6 +164,44 @@ def pair(
     return difftest.ModelPair(*files), chosen.dataset, chosen.row
 
 
+def of_files(
+    original: str,
+    compressed: str,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    channels_first: bool = False,
+) -> tuple[difftest.ModelPair, str]:
+    """Loads a pair of the user's own, such as one of ImageNet's.
+
+    Args:
+      original: File of `difftest.load.SUFFIXES`, or a name of the zoo.
+      compressed: The same.
+      mean: Subtracted from pixels of 0 to 255 before either model, one number or one a channel;
+        with `std` empty too, pixels are divided by 255.
+      std: What they are divided by then.
+      channels_first: Files of ONNX take `[B, C, H, W]`, as those made by PyTorch do.
+
+    Returns:
+      The pair, and a title of the files' names.
+
+    Raises:
+      FileNotFoundError: For a file that is not there.
+      ValueError: For a file of another kind, or one of `mean` and `std` alone.
+    """
+    if bool(mean) != bool(std):
+        raise ValueError(f"mean is {list(mean)}, std is {list(std)}; give both, or neither")
+    preprocess = Normalise(mean, std) if mean else Normalise(0, 255)
+
+    def turned(x: Any) -> Any:
+        return preprocess(x).transpose(0, 3, 1, 2)
+
+    models = [
+        load_model(path, turned if channels_first and path.endswith(".onnx") else preprocess)
+        for path in (original, compressed)
+    ]
+    return difftest.ModelPair(*models), f"{Path(original).stem} and {Path(compressed).stem}"
+
+
 def titled(name: str, row: Any) -> str:
     """Network and compression of a row of table 4, or the pair's name where it has no row."""
     if row is None:
@@ -168,14 +209,17 @@ def titled(name: str, row: Any) -> str:
     return row if isinstance(row, str) else " ".join(str(part) for part in tuple(row)[:2])
 
 
-def images_of(dataset: str, data_dir: str | None = None, file: str | None = None) -> Images:
-    """The test images of a data set, those of CIFAR-10 from a file where one is given.
+def images_of(
+    dataset: str, data_dir: str | None = None, file: str | None = None, most: int | None = None
+) -> Images:
+    """The images of a data set, the test images of CIFAR-10 from a file where one is given.
 
     Args:
       dataset: Its name.
       data_dir: Folder searched first for data sets.
       file: An .npz file of test_images and test_labels: exact pixels of CIFAR-10 instead of JPEG
         re-encodings, which cost a network that was trained on exact ones 10 points of accuracy.
+      most: Of a larger test set so many are drawn, always the same.
 
     Raises:
       ValueError: For a file without such images.
@@ -184,8 +228,14 @@ def images_of(dataset: str, data_dir: str | None = None, file: str | None = None
     if file is None or dataset != "cifar10":
         whole = data.load(dataset, data_dir)
         jpeg = " (JPEG re-encodings)" if "JPEG" in whole.note else ""
-        labels = np.asarray(whole.test_labels)
-        return Images(np.asarray(whole.test_images), labels, f"{whole.name}{jpeg}, test set")
+        total = len(whole.test_images)
+        chosen, words = np.arange(total), f"{whole.name}{jpeg}, test set"
+        if most is not None and most < total:
+            chosen = np.sort(np.random.default_rng(0).permutation(total)[:most])
+            words += f", {most:,} of {total:,} images"
+        # Indexed, not converted: ImageNet's images are decoded as they are asked for.
+        pixels, labels = whole.test_images[chosen], np.asarray(whole.test_labels)[chosen]
+        return Images(np.asarray(pixels), labels, words, whole.train_images)
     try:
         with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as arrays:
             pixels, labels = arrays["test_images"], arrays["test_labels"]

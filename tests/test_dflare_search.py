@@ -1,9 +1,11 @@
 """The study of the searches, on the digits: its rows, going on, figures, and what it refuses."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import compress, pairs, record
 from experiments import dflare_search as study
@@ -192,3 +194,68 @@ def test_images_of_a_file_stand_for_cifar10_alone(tmp_path):
     found = pairs.images_of("cifar10", None, str(path))
     assert found.labels.tolist() == [0, 1, 2]
     assert found.words == "cifar10, 3 test images of images.npz"
+
+
+def test_training_images_that_trigger_unchanged_stand_beside_table_1(case):
+    shown = np.asarray(data.load("digits").train_images[:300])
+    whole = dataclasses.replace(case, training=shown, title="LeNet-1 Quantization-8-bit")
+    rows = {row["metric"]: row for row in study.rows(whole, {}, TINY)}
+    row = rows["training images that trigger unchanged"]
+    original, compressed = case.pair.probabilities(shown)
+    assert row["ours"] == (original.argmax(1) != compressed.argmax(1)).sum() > 0
+    assert (row["n"], row["published"]) == (300, "83 of 60,000")
+    assert "training images that trigger unchanged" not in {
+        row["metric"] for row in study.rows(case, {}, TINY)
+    }
+
+
+def write_onnx(path, kernel):
+    """A file as PyTorch makes them: [B, 3, 224, 224], the mean of each channel, a dense layer."""
+    onnx = pytest.importorskip("onnx")
+    make, real = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        make.make_node("GlobalAveragePool", ["x"], ["means"]),
+        make.make_node("Flatten", ["means"], ["flat"]),
+        make.make_node("MatMul", ["flat", "kernel"], ["logits"]),
+        make.make_node("Softmax", ["logits"], ["y"]),
+    ]
+    graph = make.make_graph(
+        nodes, "means",
+        [make.make_tensor_value_info("x", real, ["B", 3, 224, 224])],
+        [make.make_tensor_value_info("y", real, ["B", 4])],
+        [onnx.numpy_helper.from_array(kernel.astype(np.float32), "kernel")],
+    )  # fmt: skip
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
+    return str(path)
+
+
+def test_a_pair_of_files_on_a_folder_of_images(tmp_path):
+    pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        folder = tmp_path / "imagenet" / "val" / f"n0{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((260, 300)).save(folder / f"{number}.png")
+    kernel = 20 * rng.normal(size=(3, 4))
+    given = SimpleNamespace(
+        files=[write_onnx(tmp_path / "net.onnx", kernel),
+               write_onnx(tmp_path / "net8.onnx", kernel + 2 * rng.normal(size=(3, 4)))],
+        data="imagenet_folder", data_dir=str(tmp_path), images=None, test_images=4,
+        mean=["124", "116", "104"], std=["58", "57", "57"], channels_first=True,
+    )  # fmt: skip
+    case = study.prepare_files(given)
+    assert (case.title, case.images.shape) == ("net and net8", (4, 224, 224, 3))
+    assert case.data == "imagenet_folder, test set, 4 of 6 images"
+    x = (case.images.mean(axis=(1, 2)) - [124, 116, 104]) / [58, 57, 57]
+    assert case.pair.original(case.images).argmax(1).tolist() == (x @ kernel).argmax(1).tolist()
+    short = dataclasses.replace(TINY, images=4, searches=(1, 1), kinds=("best",))
+    found = study.run(case, short, tmp_path / "work")
+    by_name = {(row["row"], row["metric"]): row for row in study.rows(case, found, short)}
+    assert by_name["net and net8, best", "success rate"]["ours"] > 0
+    assert by_name["net and net8, best", "success rate"]["published"] is None
+    with pytest.raises(ValueError, match="give both, or neither"):
+        pairs.of_files(*given.files, mean=[1.0])
+    given.data = None
+    with pytest.raises(ValueError, match="--data is None; give the original"):
+        study.prepare_files(given)
