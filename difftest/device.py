@@ -18,7 +18,7 @@ from jax import lax
 from difftest import fitness, mutate
 from difftest.pair import JaxModel, ModelPair
 from difftest.result import SearchResult, finish
-from difftest.walk import Rules, Walk, begin, choose, judge, within
+from difftest.walk import Rules, Walk, begin_each, chosen, judge_each, propose_each
 
 _CAPACITY = 64
 _STEPS = 128
@@ -222,9 +222,7 @@ def _fresh(rules: Rules, key: jax.Array, source: _Seeds, row: jax.Array, capacit
     """Walks that begin; rows past the last seed repeat it and are never looked at."""
     last = source.images.shape[0] - 1
     images, _, places, original, compressed = (leaf[jnp.minimum(row, last)] for leaf in source)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-    start = jax.vmap(begin, (None, 0, 0, 0, 0, None))
-    return start(rules, keys, images, original, compressed, capacity)
+    return begin_each(rules, key, places, images, original, compressed, capacity)
 
 
 def _refill(rules: Rules, key: jax.Array, source: _Seeds, state: _State, over: jax.Array) -> _State:
@@ -233,14 +231,10 @@ def _refill(rules: Rules, key: jax.Array, source: _Seeds, state: _State, over: j
     new = state.following + jnp.cumsum(over).astype(jnp.int32) - 1
     row = jnp.where(over, jnp.minimum(new, number), state.row)
     walks = _fresh(rules, key, source, row, state.walks.store.vectors.shape[1])
-
-    def chosen(fresh: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(over.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
-
     return state._replace(
         following=jnp.minimum(state.following + over.sum(dtype=jnp.int32), number),
         row=row,
-        walks=jax.tree.map(chosen, walks, state.walks),
+        walks=chosen(over, walks, state.walks),
     )
 
 
@@ -286,15 +280,11 @@ def _steps(
 
     def step(state: _State) -> _State:
         walks = state.walks
-        operators, keys = jax.vmap(choose, (None, 0))(rules, walks)
-        mutants = mutate.mutate_batch(rules.table, operators, keys, walks.image)
-        mutants = jax.vmap(within, (None, 0, 0))(rules.max_l2, walks.seed, mutants)
+        operators, mutants = propose_each(rules, walks)
         original, compressed = (
             model.traced(own, mutants) for model, own in zip(models, params, strict=True)
         )
-        judged, found, accepted = jax.vmap(judge, (None, 0, 0, 0, 0, 0))(
-            rules, walks, operators, mutants, original, compressed
-        )
+        judged, found, accepted = judge_each(rules, walks, operators, mutants, original, compressed)
         finite = jnp.isfinite(original).all(axis=1) & jnp.isfinite(compressed).all(axis=1)
         found &= finite
         at_work = state.row < number

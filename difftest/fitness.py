@@ -42,12 +42,11 @@ def novel(store: Store, vector: jax.Array) -> jax.Array:
     return ~jnp.any(used & (squares <= NEAR))
 
 
-def add(store: Store, vector: jax.Array) -> Store:
-    """With one vector more; a full store stays as it is, its owner sees to its room (``grown``)."""
-    capacity = store.vectors.shape[0]
-    place = jnp.minimum(store.filled, capacity - 1)
-    row = jnp.where(store.filled < capacity, vector, store.vectors[place])
-    return Store(store.vectors.at[place].set(row), jnp.minimum(store.filled + 1, capacity))
+def add(store: Store, vector: jax.Array, new: jax.Array | bool = True) -> Store:
+    """With one vector more if it is new; a full store stays, its owner sees to room (``grown``)."""
+    # Of one that is not new the row is written too: it lies beyond those that are used.
+    vectors = store.vectors.at[store.filled].set(vector, mode="drop")
+    return Store(vectors, jnp.minimum(store.filled + new, store.vectors.shape[0]))
 
 
 def grown(stores: Store) -> Store:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from difftest import fitness, mutate
@@ -16,7 +15,7 @@ from difftest.ask import ask
 from difftest.clock import Clock
 from difftest.pair import ModelPair
 from difftest.result import SearchResult, finish
-from difftest.walk import Rules, Walk, begin, choose, judge, within
+from difftest.walk import Rules, Walk, begin_each, chosen, judge_each, propose_each
 
 _CAPACITY = 64
 
@@ -153,17 +152,10 @@ def _filled(
 
 @partial(jax.jit, static_argnums=(0, 6))
 def _begin(rules: Rules, key: jax.Array, places, seeds, original, compressed, capacity: int):
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-    start = jax.vmap(begin, (None, 0, 0, 0, 0, None))
-    return _proposed(rules, start(rules, keys, seeds, original, compressed, capacity))
+    return _proposed(rules, begin_each(rules, key, places, seeds, original, compressed, capacity))
 
 
-@jax.jit
-def _merged(fresh: jax.Array, new: _Slots, old: _Slots) -> _Slots:
-    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-    return jax.tree.map(chosen, new, old)
+_merged = jax.jit(chosen)
 
 
 @jax.jit
@@ -172,15 +164,10 @@ def _taken(slots: _Slots, which: jax.Array) -> _Slots:
 
 
 def _proposed(rules: Rules, walks: Walk) -> _Slots:
-    operators, keys = jax.vmap(choose, (None, 0))(rules, walks)
-    mutants = mutate.mutate_batch(rules.table, operators, keys, walks.image)
-    mutants = jax.vmap(within, (None, 0, 0))(rules.max_l2, walks.seed, mutants)
-    return _Slots(walks, operators, mutants)
+    return _Slots(walks, *propose_each(rules, walks))
 
 
 @partial(jax.jit, static_argnums=0)
 def _step(rules: Rules, slots: _Slots, original: jax.Array, compressed: jax.Array):
-    walks, found, accepted = jax.vmap(judge, (None, 0, 0, 0, 0, 0))(
-        rules, slots.walks, slots.operators, slots.mutants, original, compressed
-    )
+    walks, found, accepted = judge_each(rules, *slots, original, compressed)
     return _proposed(rules, walks), found, accepted

@@ -5,7 +5,7 @@ models, ``judge`` says whether the mutant triggers and whether the search goes o
 released code departs from the paper in five places; ``Rules`` names them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,19 +165,61 @@ def judge(
     accepted = (better | (tied & new & rules.novelty)) & allowed & ~found
     success = accepted | found
     last = jnp.where(success, operator, walk.operators.last) if rules.last_accepted else operator
-    store = jax.tree.map(
-        lambda with_it, without: jnp.where(new, with_it, without),
-        fitness.add(walk.store, vector),
-        walk.store,
-    )
     return (
         walk._replace(
             image=jnp.where(accepted, mutant, walk.image),
             best=jnp.where(accepted, walk.best + gain, walk.best),
-            store=store,
+            store=fitness.add(walk.store, vector, new),
             operators=select.update(walk.operators, operator, success, last),
             queries=walk.queries + 1,
         ),
         found,
         accepted,
     )
+
+
+# Of many seeds at once -------------------------------------------------------------------------
+
+
+def begin_each(
+    rules: Rules,
+    key: jax.Array,
+    places: jax.Array,
+    seeds: jax.Array,
+    original: jax.Array,
+    compressed: jax.Array,
+    capacity: int,
+) -> Walk:
+    """``begin`` of ``[B, ...]``; the seed at place n draws with ``fold_in(key, n)``."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+    start = jax.vmap(begin, (None, 0, 0, 0, 0, None))
+    return start(rules, keys, seeds, original, compressed, capacity)
+
+
+def propose_each(rules: Rules, walks: Walk) -> tuple[jax.Array, jax.Array]:
+    """The operators of the next queries, int32 ``[B]``, and their mutants ``[B, H, W, C]``."""
+    operators, keys = jax.vmap(choose, (None, 0))(rules, walks)
+    mutants = mutate.mutate_batch(rules.table, operators, keys, walks.image)
+    return operators, jax.vmap(within, (None, 0, 0))(rules.max_l2, walks.seed, mutants)
+
+
+def judge_each(
+    rules: Rules,
+    walks: Walk,
+    operators: jax.Array,
+    mutants: jax.Array,
+    original: jax.Array,
+    compressed: jax.Array,
+) -> tuple[Walk, jax.Array, jax.Array]:
+    """``judge`` of ``[B, ...]``."""
+    each = jax.vmap(judge, (None, 0, 0, 0, 0, 0))
+    return each(rules, walks, operators, mutants, original, compressed)
+
+
+def chosen(which: jax.Array, some: Any, others: Any) -> Any:
+    """Rows of ``some`` where ``which`` (bool ``[B]``) says so, else of ``others``, leaf by leaf."""
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(one, some, others)

@@ -20,6 +20,7 @@ from difftest.pair import ModelError
 from difftest.speech import mutations, transcripts
 from difftest.speech.recogniser import SpeechPair
 from difftest.speech.result import SpeechResult
+from difftest.walk import chosen
 
 _CAPACITY = 64
 
@@ -317,17 +318,14 @@ def _judged(
     accepted = (~tied | new) & ~found
     success = accepted | found
     last = jnp.where(success, operators, walk.operators.last)
-    added = jax.vmap(fitness.add)(walk.stores, vectors)
-
-    def chosen(which: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
-        return jnp.where(which.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
-
+    audio, lengths = chosen(accepted, (audio, lengths), (walk.audio, walk.lengths))
+    stores = jax.vmap(fitness.add)(walk.stores, vectors, new)
     return _Walk(
         walk.keys,
-        chosen(accepted, audio, walk.audio),
-        jnp.where(accepted, lengths, walk.lengths),
+        audio,
+        lengths,
         jnp.where(accepted, walk.best + gain, walk.best),
-        jax.tree.map(partial(chosen, new), added, walk.stores),
+        stores,
         jax.vmap(select.update)(walk.operators, operators, success, last),
         walk.queries + 1,
     ), accepted
