@@ -43,4 +43,14 @@ def seeds(number, seed=0):
     return small.repeat(2, axis=1).repeat(2, axis=2)
 
 
+def assert_same_search(one, other):
+    """Whatever two searches found is the same."""
+    assert one.status.tolist() == other.status.tolist()
+    assert one.queries.tolist() == other.queries.tolist()
+    assert (one.triggers == other.triggers).all()
+    assert one.chains == other.chains
+    assert one.errors == other.errors
+    np.testing.assert_allclose(one.outputs_original, other.outputs_original, atol=1e-6)
+
+
 KEY = jax.random.key(7)

@@ -1,31 +1,19 @@
 """The search: against the paper's algorithm step by step, on the device and on the host."""
 
 import json
-import os
-import time
 
 import jax
 import numpy as np
 import pytest
 
 import difftest
-from difftest import clock, device, lockstep, walk
-from difftest.backends.process import ProcessModel
+from difftest import walk
 from difftest.result import distance
 from tests.naive import dflare
-from tests.pairs import KEY, as_black_box, linear_pair, seeds
+from tests.pairs import KEY, as_black_box, assert_same_search, linear_pair, seeds
 
 PAIR = linear_pair(apart=0.15)
 SEEDS = seeds(24)
-
-
-def _same(one, other):
-    assert one.status.tolist() == other.status.tolist()
-    assert one.queries.tolist() == other.queries.tolist()
-    assert (one.triggers == other.triggers).all()
-    assert one.chains == other.chains
-    assert one.errors == other.errors
-    np.testing.assert_allclose(one.outputs_original, other.outputs_original, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +52,7 @@ def test_host_and_device_find_the_same(variant, limits):
     options = {"variant": variant, "max_queries": 40, **limits}
     device = difftest.search(PAIR, SEEDS, KEY, batch_size=5, **options)
     host = difftest.search(as_black_box(PAIR), SEEDS, KEY, batch_size=7, **options)
-    _same(device, host)
+    assert_same_search(device, host)
     assert device.success.sum() > 3
     if limits:
         assert device.keeps_label[device.success].all()
@@ -80,7 +68,7 @@ def test_triggers_are_triggers_and_replay(variant, tmp_path):
     assert (difftest.confirm(PAIR, result) == result.success).all()
     result.save(tmp_path / "result.npz")
     loaded = difftest.SearchResult.load(tmp_path / "result.npz")
-    _same(loaded, result)
+    assert_same_search(loaded, result)
     assert loaded.settings == json.loads(json.dumps(result.settings))
     assert (difftest.replay(loaded, SEEDS) == result.triggers).all()
 
@@ -159,187 +147,3 @@ def test_time_is_limited_too():
 def test_no_seeds_at_all():
     result = difftest.search(PAIR, SEEDS[:0], KEY)
     assert len(result.status) == 0 and result.triggers.shape == (0, 8, 8, 1)
-
-
-def test_a_failure_costs_only_its_own_seed():
-    calls = []
-
-    def breaks(images):
-        calls.append(len(images))
-        if len(calls) > 3 and (images.reshape(len(images), -1).max(1) == 255).any():
-            raise RuntimeError("segment\nviolation")
-        return PAIR.compressed(images)
-
-    pair = difftest.ModelPair(PAIR.original, breaks)
-    result = difftest.search(pair, SEEDS, KEY, variant="released", max_queries=200)
-    failed = result.status == "error"
-    assert failed.any() and result.success.any()
-    errors = {result.errors[place] for place in np.flatnonzero(failed)}
-    assert errors == {"the compressed model failed: segment violation"}
-    assert all(result.errors[place] is None for place in np.flatnonzero(~failed))
-    assert set(result.status) <= {"found", "disagrees", "error", "budget"}
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_the_first_batch_may_fail_whole(batch_size):
-    bad = SEEDS[:8].copy()
-    bad[0, 0, 0] = 7
-
-    def breaks(images):
-        if (images[:, 0, 0] == 7).any():
-            raise RuntimeError("seven")
-        return PAIR.compressed(images)
-
-    pair = difftest.ModelPair(PAIR.original, breaks)
-    result = difftest.search(pair, bad, KEY, max_queries=3, batch_size=batch_size)
-    assert result.errors[0] == "the compressed model failed: seven"
-    assert result.status[0] == "error" and (result.status[1:] != "waiting").all()
-    assert set(result.status[1:]) - {"error"}
-    with pytest.raises(difftest.ModelError, match="seven"):
-        difftest.search(pair, bad[:1], KEY)
-
-
-def odd_child():
-    """What a child process runs: it crashes or hangs on mutants of some kinds, not on seeds."""
-    known = {image.tobytes() for image in SEEDS}
-
-    def model(images):
-        for image in images:
-            if image.tobytes() not in known and image.sum() % 40 == 0:
-                os._exit(3)
-            if image.tobytes() not in known and image.sum() % 40 == 1:
-                time.sleep(60)
-        return PAIR.compressed(images)
-
-    return model
-
-
-def test_a_process_that_crashes_and_hangs_costs_only_those_seeds():
-    with ProcessModel("tests.test_search:odd_child", timeout=2.0) as model:
-        pair = difftest.ModelPair(PAIR.original, model)
-        result = difftest.search(pair, SEEDS[:12], KEY, max_queries=20)
-    said = {error.split("the process ")[1].split(":")[0] for error in result.errors if error}
-    assert said == {"ended with status 3", "hung"}
-    assert result.success.any()
-    assert set(result.status) <= {"found", "disagrees", "error", "budget"}
-    for place, error in enumerate(result.errors):
-        assert (error is not None) == (result.status[place] == "error")
-
-
-@pytest.mark.parametrize("search", [device, lockstep])
-def test_stores_that_are_full_grow(search, monkeypatch):
-    pair = linear_pair(apart=0.15, classes=7)
-    pair = pair if search is device else as_black_box(pair)
-    options = {"variant": "paper", "max_queries": 90}
-    whole = difftest.search(pair, SEEDS, KEY, **options)
-    monkeypatch.setattr(search, "_CAPACITY", 1)
-    _same(difftest.search(pair, SEEDS, KEY, **options), whole)
-    assert (whole.queries > 5).any()
-
-
-def test_the_first_step_of_a_size_is_not_timed(monkeypatch):
-    now = iter((0.0, 1.0, 5.0, 6.0, 8.0))
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
-    timed = clock.Clock()
-    timed.start()
-    assert timed.seconds(4) == 0
-    timed.start()
-    assert timed.seconds(4) == 4
-    timed.start()
-    assert timed.seconds(2) == 0
-
-
-def test_nan_on_the_device_is_that_seeds_error():
-    def apply(params, x):
-        logits = x.reshape(len(x), -1) @ params
-        return logits / (x.max(axis=(1, 2, 3)) < 0.999)[:, None]
-
-    model = difftest.jax_model(apply, PAIR.original.params["kernel"])
-    dark = (SEEDS * 0.9).astype(np.uint8)
-    pair = difftest.ModelPair(model, model)
-    result = difftest.search(pair, dark, KEY, max_queries=50)
-    assert (result.status == "error").any()
-    for place in np.flatnonzero(result.status == "error"):
-        assert "NaN" in result.errors[place]
-
-
-def test_a_search_that_was_ended_goes_on(tmp_path):
-    path = tmp_path / "search.npz"
-    options = {"variant": "released", "max_queries": 200, "batch_size": 4}
-    whole = difftest.search(as_black_box(PAIR), SEEDS, KEY, **options)
-    calls = []
-
-    def ends(images):
-        calls.append(len(images))
-        if len(calls) > 40:
-            raise KeyboardInterrupt
-        return PAIR.original(images)
-
-    with pytest.raises(KeyboardInterrupt):
-        difftest.search(
-            difftest.ModelPair(ends, as_black_box(PAIR).compressed),
-            SEEDS,
-            KEY,
-            checkpoint=path,
-            **options,
-        )
-    part = difftest.SearchResult.load(path)
-    assert (part.status == "waiting").any() and (part.status == "found").any()
-    asked = []
-
-    def counted(images):
-        asked.append(len(images))
-        return PAIR.original(images)
-
-    pair = difftest.ModelPair(counted, as_black_box(PAIR).compressed)
-    resumed = difftest.search(pair, SEEDS, KEY, checkpoint=path, **options)
-    _same(resumed, whole)
-    assert sum(asked) < whole.queries.sum() + len(SEEDS)
-    with pytest.raises(ValueError, match="of another search: its max_queries is 200, here it is 9"):
-        difftest.search(pair, SEEDS, KEY, checkpoint=path, **{**options, "max_queries": 9})
-    other = difftest.ModelPair(PAIR.original, as_black_box(linear_pair(0.3)).compressed)
-    with pytest.raises(ValueError, match="is of another pair"):
-        difftest.search(other, SEEDS, KEY, checkpoint=path, **options)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="not a saved search result"):
-        difftest.search(pair, SEEDS, KEY, checkpoint=path, **options)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"variant": "fast"}, "variant is 'fast'; accepted are paper, released, best"),
-        ({"selection": "greedy"}, "selection is 'greedy'"),
-        ({"max_queries": 0}, "max_queries is 0"),
-        ({"batch_size": 1.5}, "batch_size is 1.5"),
-        ({"timeout": 0}, "timeout is 0"),
-        ({"max_l2": -1}, "max_l2 is -1"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        difftest.search(PAIR, SEEDS, KEY, **options)
-
-
-@pytest.mark.parametrize("bad", [SEEDS[0], SEEDS / 255, [1, 2], SEEDS[:, :4]])
-def test_bad_seeds(bad):
-    with pytest.raises(ValueError, match="seeds are .*; accepted are uint8 images"):
-        difftest.search(PAIR, bad, KEY)
-
-
-def test_seeds_may_be_jax_arrays():
-    options = {"variant": "best", "max_queries": 30}
-    _same(
-        difftest.search(PAIR, jax.numpy.asarray(SEEDS), KEY, **options),
-        difftest.search(PAIR, SEEDS, KEY, **options),
-    )
-
-
-def test_keys_of_another_generator_are_refused():
-    with pytest.raises(ValueError, match="key is of the generator rbg; accepted is threefry2x32"):
-        difftest.search(PAIR, SEEDS, jax.random.key(0, impl="rbg"))
-
-
-def test_wrong_input_shape_is_the_models_error():
-    with pytest.raises(difftest.ModelError, match="the original model failed"):
-        difftest.search(PAIR, np.zeros((3, 9, 9, 1), np.uint8), KEY)
