@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from nnslicer_jax.cores import cores
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -92,7 +94,7 @@ def _git(*arguments: str) -> str | None:
 
 def hardware() -> str:
     """Processor, cores, memory, accelerator, JAX and Python versions, as one line."""
-    parts = [_processor(), f"{_cores()} cores"]
+    parts = [_processor(), f"{cores()} cores"]
     if (memory := _memory_gib()) is not None:
         parts.append(f"{memory} GiB")
     devices = jax.devices()
@@ -113,13 +115,6 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    # Containers are often given fewer cores than the machine has.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory_gib() -> int | None:

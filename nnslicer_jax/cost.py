@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnslicer_jax import host_selection, operations
+from nnslicer_jax.cores import cores
 from nnslicer_jax.graph import Graph, Node
 from nnslicer_jax.products import product
 
@@ -108,7 +109,7 @@ def _multiplications_per_second() -> float:
 @functools.cache
 def _selections_per_second(rule: str) -> float:
     terms = np.random.default_rng(0).normal(size=(256, 1024)).astype(np.float32)
-    workers = host_selection.threads()
+    workers = cores()
     return workers * terms.size / (3 * _best(lambda: host_selection.kept(terms, rule, 0.2)))
 
 

@@ -9,13 +9,13 @@ ordered and summed in tiles, on one thread per core.
 import concurrent.futures
 import functools
 import itertools
-import os
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnslicer_jax.cores import cores
 from nnslicer_jax.selection import Selection
 
 # Terms in a tile. Smaller ones fit a core's cache, but the threads then spend their time handing
@@ -52,15 +52,9 @@ def edges(
     return out[0].astype(jnp.float32), out[1].astype(jnp.float32)
 
 
-def threads() -> int:
-    """Threads that select at once: one a core."""
-    # Containers are often given fewer cores than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @functools.cache
 def _workers() -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(threads())
+    return concurrent.futures.ThreadPoolExecutor(cores())
 
 
 def _edges(rule: str, *operands: jax.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -77,8 +71,8 @@ def _edges(rule: str, *operands: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     to_rows = np.zeros((samples, groups, p, k), np.int32)
     to_columns = np.zeros((samples, groups, o, k), np.int32)
     # Samples under the same weights go together; too few of them for all threads are cut.
-    runs = _cuts(samples, threads() if len(columns) == 1 else samples)
-    parts = -(-threads() // (len(runs) * groups))
+    runs = _cuts(samples, cores() if len(columns) == 1 else samples)
+    parts = -(-cores() // (len(runs) * groups))
     tops, lefts = (_cuts(p, parts), [slice(o)]) if p > o else ([slice(p)], _cuts(o, parts))
     adding = threading.Lock()
 

@@ -3,6 +3,7 @@
 import gzip
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -541,6 +542,35 @@ def test_a_model_in_a_process_breaks_alone():
             with pytest.raises(difftest.ModelError) as error:
                 model(first_pixel(pixel))
             assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_model_that_hangs_ends_with_its_parent():
+    code = """
+import numpy as np
+from difftest.backends.process import ProcessModel
+model = ProcessModel("tests.test_backends:fragile")
+print(model._child.process.pid, flush=True)
+model(np.full((1, 4, 4, 1), 2, np.uint8))
+"""
+    root = Path(__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE) as parent:
+        child = int(parent.stdout.readline())
+        time.sleep(1)
+        assert is_running(child)
+        parent.kill()
+    end = time.monotonic() + 20
+    while is_running(child) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not is_running(child)
 
 
 def told(images):

@@ -15,6 +15,7 @@ from difftest.backends.pixels import (
     probabilities,
 )
 from difftest.pair import ModelError
+from nnslicer_jax.cores import cores
 
 _TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -69,7 +70,7 @@ class ONNX:
         self.outputs = outputs
         runtime = optional("onnxruntime", "onnxruntime", f"{path}: reading it")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = workers or os.cpu_count() or 1
+        options.intra_op_num_threads = workers or cores()
         options.log_severity_level = 3  # Errors; the warnings are about the optimiser's choices.
         try:
             self._session = runtime.InferenceSession(

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Mapping
@@ -267,6 +268,7 @@ _RUN = "from difftest.backends.process import serve; serve()"
 
 def serve() -> None:
     """The child's life: loads the model its parent names, then answers until the parent is gone."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     channel = _Channel(socket.socket(fileno=os.dup(0)))
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -286,6 +288,13 @@ def serve() -> None:
                 out = np.zeros(0, np.float32)
                 answer = {"error": one_line(error)}
             channel.send(json.dumps(answer), out)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process and what it started soon after its parent, also where its model hangs."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _loaded(task: Mapping[str, Any]) -> Any:

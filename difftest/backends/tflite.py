@@ -24,6 +24,7 @@ from difftest.backends.pixels import (
     probabilities,
 )
 from difftest.pair import ModelError
+from nnslicer_jax.cores import cores
 
 
 class TFLite:
@@ -61,7 +62,7 @@ class TFLite:
         self.path = Path(path)
         self.preprocess = preprocess
         self.outputs = outputs
-        self.workers = workers or os.cpu_count() or 1
+        self.workers = workers or cores()
         self._content = self.path.read_bytes()
         self._idle: queue.LifoQueue[_Interpreter] = queue.LifoQueue()
         first = _Interpreter(self.path, self._content)
