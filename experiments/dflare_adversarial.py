@@ -94,15 +94,9 @@ def _row(
     note: str,
 ) -> dict[str, Any]:  # fmt: skip
     pixels = np.rint(255 * images).astype(np.uint8)
-    answers = [
-        np.concatenate(parts).argmax(axis=1)
-        for parts in zip(
-            *(pair.probabilities(pixels[at : at + 256]) for at in range(0, len(pixels), 256)),
-            strict=True,
-        )
-    ]
-    fooled = answers[0] != labels
-    differ = fooled & (answers[0] != answers[1])
+    original, compressed = pairs.labels_of(pair, pixels)
+    fooled = original != labels
+    differ = fooled & (original != compressed)
     share = 10_000 * float(differ.sum()) / max(1, int(fooled.sum()))
     return {
         "row": f"{title}, {attack}", "metric": "triggers among 10,000 adversarial images",

@@ -466,7 +466,7 @@ def _timeouts(case: Case, found: Found, schedule: Schedule) -> list[dict[str, An
 
 def _accuracies(case: Case) -> list[dict[str, Any]]:
     """Of tables 1 and 2, over all images."""
-    labels = _labels(case.pair, case.images)
+    labels = pairs.labels_of(case.pair, case.images)
     about: dict[str, Any] = {"row": case.title, "n": len(case.images), "seeds": ()}
     made: list[dict[str, Any]] = [
         {
@@ -484,25 +484,12 @@ def _accuracies(case: Case) -> list[dict[str, Any]]:
         "published": of_test,
     })  # fmt: skip
     if case.training is not None and len(case.training):
-        labels = _labels(case.pair, case.training)
+        labels = pairs.labels_of(case.pair, case.training)
         made.append({
             **about, "metric": f"training {metric}", "ours": int((labels[0] != labels[1]).sum()),
             "published": of_training, "n": len(case.training),
         })  # fmt: skip
     return made
-
-
-def _labels(pair: difftest.ModelPair, images: Any) -> list[np.ndarray]:
-    """The labels that the original and the compressed model give, each int `[N]`."""
-    size = 256
-    parts = [
-        [
-            probabilities.argmax(axis=1)
-            for probabilities in pair.probabilities(images[at : at + size])
-        ]
-        for at in range(0, len(images), size)
-    ]
-    return [np.concatenate(labels) for labels in zip(*parts, strict=True)]
 
 
 def _comparisons(case: Case, found: Found) -> list[dict[str, Any]]:
@@ -623,9 +610,8 @@ def main(argv: Sequence[str]) -> None:
         for kind in schedule.kinds:
             if kind not in KINDS:
                 raise ValueError(f"--kinds: {kind!r} is unknown; known are {', '.join(KINDS)}")
-        names = [None] if given.files else given.pairs
-        for name in names:
-            case = prepare_files(given) if name is None else prepare(name, options, given)
+        named = (prepare(name, options, given) for name in given.pairs)
+        for case in [prepare_files(given)] if given.files else named:
             found = run(case, schedule, Path(given.work or f"out/dflare_search/{given.schedule}"),
                         show=True)  # fmt: skip
             made += [{**row, "data": case.data} for row in rows(case, found, schedule)]

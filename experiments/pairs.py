@@ -190,13 +190,17 @@ def of_files(
     """
     if bool(mean) != bool(std):
         raise ValueError(f"mean is {list(mean)}, std is {list(std)}; give both, or neither")
-    preprocess = Normalise(mean, std) if mean else Normalise(0, 255)
+    # None, not a division: a file that takes whole numbers may be given pixels as they are.
+    preprocess = Normalise(mean, std) if mean else None
 
     def turned(x: Any) -> Any:
-        return preprocess(x).transpose(0, 3, 1, 2)
+        return (preprocess or Normalise(0, 255))(x).transpose(0, 3, 1, 2)
+
+    def is_turned(path: str) -> bool:
+        return channels_first and Path(path).suffix.lower() == ".onnx"
 
     models = [
-        load_model(path, turned if channels_first and path.endswith(".onnx") else preprocess)
+        load_model(path, turned if is_turned(path) else preprocess)
         for path in (original, compressed)
     ]
     return difftest.ModelPair(*models), f"{Path(original).stem} and {Path(compressed).stem}"
@@ -225,24 +229,45 @@ def images_of(
       ValueError: For a file without such images.
       FileNotFoundError: For a data set that is nowhere.
     """
+    pixels: Any
+    training = None
     if file is None or dataset != "cifar10":
         whole = data.load(dataset, data_dir)
+        pixels, labels, training = whole.test_images, whole.test_labels, whole.train_images
         jpeg = " (JPEG re-encodings)" if "JPEG" in whole.note else ""
-        total = len(whole.test_images)
-        chosen, words = np.arange(total), f"{whole.name}{jpeg}, test set"
-        if most is not None and most < total:
-            chosen = np.sort(np.random.default_rng(0).permutation(total)[:most])
-            words += f", {most:,} of {total:,} images"
-        # Indexed, not converted: ImageNet's images are decoded as they are asked for.
-        pixels, labels = whole.test_images[chosen], np.asarray(whole.test_labels)[chosen]
-        return Images(np.asarray(pixels), labels, words, whole.train_images)
-    try:
-        with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as arrays:
-            pixels, labels = arrays["test_images"], arrays["test_labels"]
-    except (KeyError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file}: no test_images and test_labels to be read ({reason})") from None
-    return Images(pixels, labels, f"{dataset}, {len(pixels):,} test images of {Path(file).name}")
+        words = f"{whole.name}{jpeg}, test set"
+    else:
+        try:
+            with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+                pixels, labels = arrays["test_images"], arrays["test_labels"]
+        except (KeyError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{file}: no test_images and test_labels to be read ({reason})"
+            ) from None
+        words = f"{dataset}, {len(pixels):,} test images of {Path(file).name}"
+    total = len(pixels)
+    if most is not None and most < total:
+        chosen = np.sort(np.random.default_rng(0).permutation(total)[:most])
+        # Indexed before they are converted: of a folder, only these are decoded.
+        pixels, labels = pixels[chosen], np.asarray(labels)[chosen]
+        words += f", {most:,} of {total:,} images"
+    return Images(np.asarray(pixels), np.asarray(labels), words, training)
+
+
+def labels_of(pair: difftest.ModelPair, images: Any) -> list[np.ndarray]:
+    """The labels that the original and the compressed model give, two arrays int `[N]`.
+
+    Args:
+      pair: The models.
+      images: uint8 `[N, H, W, C]` with N at least 1, indexed like an array, a part at a time.
+    """
+    size = 256
+    parts = [
+        [answers.argmax(axis=1) for answers in pair.probabilities(images[at : at + size])]
+        for at in range(0, len(images), size)
+    ]
+    return [np.concatenate(labels) for labels in zip(*parts, strict=True)]
 
 
 def probe(answers: Sequence[Any]) -> str:

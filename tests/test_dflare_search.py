@@ -194,6 +194,9 @@ def test_images_of_a_file_stand_for_cifar10_alone(tmp_path):
     found = pairs.images_of("cifar10", None, str(path))
     assert found.labels.tolist() == [0, 1, 2]
     assert found.words == "cifar10, 3 test images of images.npz"
+    found = pairs.images_of("cifar10", None, str(path), most=2)
+    assert (len(found.pixels), len(found.labels)) == (2, 2) and found.training is None
+    assert found.words == "cifar10, 3 test images of images.npz, 2 of 3 images"
 
 
 def test_training_images_that_trigger_unchanged_stand_beside_table_1(case):

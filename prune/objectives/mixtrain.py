@@ -3,8 +3,8 @@
 Wang, Chen, Abdou, Jana, "MixTrain: scalable training of verifiably robust neural networks", 2018,
 with the settings of Sehwag, Wang, Mittal, Jana, "HYDRA", 2020. The worst case is that of symbolic
 intervals, with the margins taken before any error is bounded. Parallel lines walked back from the
-margins (``fast-lin``) give the same numbers on networks of ReLU, in a third of the time: errors
-are not carried through the wide first layers.
+margins (``fast-lin``) give the same numbers on networks of ReLU, in less time: errors are not
+carried through the wide first layers.
 """
 
 from typing import Any
