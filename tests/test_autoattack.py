@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnslicer_jax import attacks
+import nnslicer_jax as nns
+from nnslicer_jax import attacks, data
 from nnslicer_jax.attacks.adversarial import Case
 from nnslicer_jax.attacks.apgd import _SEARCH as APGD
 from nnslicer_jax.attacks.apgd import checkpoints, dlr, dlr_targeted, log_odds
@@ -261,6 +262,29 @@ def test_fab_stops_where_it_is_close_enough():
     assert np.asarray(near.success).all()
     assert (near.distance[2:] >= found("fab").distance[2:] - 1e-6).all()
     assert (near.distance[2:] > 1.03 * found("fab").distance[2:]).any()
+
+
+def test_fab_goes_on_from_points_that_are_hardly_across():
+    network, digits = nns.zoo.load("digits_cnn"), data.load("digits")
+    images = data.to_float(np.asarray(digits.test_images[:24]))
+    labels = np.asarray(digits.test_labels[:24]).astype(np.int32)
+    apply, params = network.model.apply, network.variables
+
+    @jax.jit
+    def lead(points, classes):
+        def gaps(points):
+            logits, rows = apply(params, points), jnp.arange(len(points))
+            return logits[rows, classes] - logits[rows, labels]
+
+        values, pull = jax.vjp(gaps, points)
+        return values, pull(jnp.ones_like(values))[0]
+
+    project = jax.jit(jax.vmap(lambda *given: onto(*given, 0.0, 1.0)))
+    logits = jax.jit(functools.partial(apply, params))
+    expected = naive.fab(logits, lead, project, images, labels, steps=100, targets=2)
+    result = attacks.fab(KEY, apply, params, images, labels, steps=100, targets=2)
+    assert (logits(images).argmax(1) == labels).all()
+    np.testing.assert_allclose(result.distance, expected, rtol=2e-3)
 
 
 # Square --------------------------------------------------------------------------------------

@@ -178,8 +178,11 @@ def _step(
     near, far = point + _OVERSHOOT * step, case.image + _OVERSHOOT * origin
     moved = case.clip((1 - bias) * near + bias * far)
 
-    fooled, distance = case.fools(moved), linf(moved - case.image)
-    closer = fooled & (distance < state.distance)
+    after, distance = case.logits(moved), linf(moved - case.image)
+    closer = case.errs(after) & (distance < state.distance)
+    # Points end up as close to the boundary as rounding lets them: one that had to be across by
+    # more than that to be sent back would stay there for good.
+    across = case.lead(after) > 0
     best = jnp.where(closer, distance, state.distance)
     over = state.step + 1 == steps
     runs = len(state.classes) * restarts
@@ -191,7 +194,7 @@ def _step(
         classes=state.classes,
         run=state.run + over,
         step=jnp.where(over, 0, state.step + 1),
-        point=jnp.where(fooled, case.image + _BACK * (moved - case.image), moved),
+        point=jnp.where(across, case.image + _BACK * (moved - case.image), moved),
     )
 
 

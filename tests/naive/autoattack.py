@@ -114,3 +114,35 @@ def side(query: int, share: float, height: int, width: int) -> int:
         if query > limit:
             p = p / 2
     return min(max(round((p * height * width) ** 0.5), 1), height, width)
+
+
+def fab(logits, lead, onto, images, labels, steps, targets):
+    """FAB's least distances towards each image's `targets` likeliest classes, in L-infinity.
+
+    A point counts as adversarial as soon as another class leads. `lead(points, classes)` gives the
+    gap from the label to a class and its gradient; `onto` projects, image by image.
+    """
+
+    def length(moves):
+        return np.maximum(np.abs(moves).reshape(len(moves), -1).max(1), 1e-8)
+
+    rows = np.arange(len(images))
+    first = np.array(logits(images))
+    first[rows, labels] = -np.inf
+    best = np.full(len(images), np.inf)
+    for classes in np.argsort(-first, axis=1)[:, :targets].T:
+        points = images.copy()
+        for _ in range(steps):
+            gap, gradient = lead(points, classes)
+            step = onto(points, gap, gradient)
+            there = gap + (gradient * (images - points)).reshape(len(images), -1).sum(1)
+            origin = onto(images, there, gradient)
+            bias = length(step) / (length(step) + length(origin))
+            bias = np.minimum(bias, 0.1)[:, None, None, None]
+            moved = (1 - bias) * (points + 1.05 * step) + bias * (images + 1.05 * origin)
+            points = np.clip(moved, 0, 1).astype(np.float32)
+            across = np.asarray(logits(points)).argmax(1) != labels
+            best = np.where(across, np.minimum(best, length(points - images)), best)
+            back = (images + 0.9 * (points - images)).astype(np.float32)
+            points = np.where(across[:, None, None, None], back, points)
+    return best
