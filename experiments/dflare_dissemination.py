@@ -358,8 +358,9 @@ def save_correlation(found: dict[str, dict[float, Cost]], path: Path) -> None:
             shares = [100 * share for share in costs]
             values = [_drawn(getattr(one, metric)) for one in costs.values()]
             ax.plot(shares, values, "o-", color=colour)
-            ax.set(xlabel="% of the weights changed by 10 %", ylabel=f"mean {metric} a trigger",
+            ax.set(xlabel="% of weights changed", ylabel=f"mean {metric} a trigger",
                    title=TITLES[name])  # fmt: skip
+            ax.margins(y=0.15)
             ax.set_ylim(bottom=0)
     _save(drawn, path)
 

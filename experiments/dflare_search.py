@@ -18,6 +18,7 @@ stopped, in the same ``--work``; rows of other pairs that ``--out`` holds stay.
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -515,12 +516,17 @@ def save_histogram(case: Case, found: Found, path: Path) -> None:
     """Figure 4: how many queries the searches needed."""
     drawn: Figure = page.drawing(4.2)
     ax = drawn.subplots()
-    shown = [kind for kind in ("best", "released", "diffchaser") if kind in found]
-    bins = np.geomspace(1, 1e5, 41)
-    for turn, kind in enumerate(shown):
-        queries = np.concatenate([one.queries[one.success] for one in found[kind]])
-        if not len(queries):
-            continue
+    shown = {
+        kind: np.concatenate([one.queries[one.success] for one in found[kind]])
+        for kind in ("best", "released", "diffchaser")
+        if kind in found
+    }
+    shown = {kind: queries for kind, queries in shown.items() if len(queries)}
+    longest = max((int(queries.max()) for queries in shown.values()), default=1)
+    # Eight bins a decade, up to the longest search.
+    decades = max(math.ceil(math.log10(longest)), 1)
+    bins = np.geomspace(1, 10.0**decades, 8 * decades + 1)
+    for turn, (kind, queries) in enumerate(shown.items()):
         ax.hist(
             queries, bins=list(bins), weights=np.full(len(queries), 100 / len(queries)),
             histtype="stepfilled", alpha=0.6, color=page.COLOURS[turn], hatch="/" * (3 * turn),
