@@ -211,6 +211,22 @@ def eight_bits(trained: zoo.Trained, ranges: Mapping[str, Sequence[float]]) -> d
     return difftest.jax_model(apply, weights.params())
 
 
+def card_path(network: str, how: str, folders: Sequence[Path] = FOLDERS) -> Path:
+    """Where a twin's card is, in the first of the folders that has it.
+
+    Raises:
+      FileNotFoundError: The twin has not been made; says the command.
+    """
+    name = twin_name(network, how)
+    path = next((f / f"{name}.json" for f in folders if (f / f"{name}.json").is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{name} has not been made; make it with: python -m experiments.compress "
+            f"--network {network} --how {how}"
+        )
+    return path
+
+
 def load(network: str, how: str, folders: Sequence[Path] = FOLDERS) -> difftest.pair.Model:
     """Loads a twin: a `JaxModel`, or of "onnx" a function that onnxruntime runs.
 
@@ -223,13 +239,7 @@ def load(network: str, how: str, folders: Sequence[Path] = FOLDERS) -> difftest.
       FileNotFoundError: The twin, or the network it is of, has not been made; says the command.
       ValueError: For damaged files.
     """
-    name = twin_name(network, how)
-    path = next((f / f"{name}.json" for f in folders if (f / f"{name}.json").is_file()), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"{name} has not been made; make it with: python -m experiments.compress "
-            f"--network {network} --how {how}"
-        )
+    path = card_path(network, how, folders)
     if how == "quantized":
         trained = zoo.load(network)
         return eight_bits(trained, _ranges(path, trained))

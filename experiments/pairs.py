@@ -7,6 +7,7 @@ networks (MNIST: mean 0.1307, deviation 0.3081; CIFAR-10: 0.5 and 0.5). The same
 compressed in the other ways that ``experiments.compress`` knows stand in no table of the paper.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,6 +163,22 @@ def pair(
         for file in (chosen.original, chosen.compressed)
     ]
     return difftest.ModelPair(*files), chosen.dataset, chosen.row
+
+
+def commands(name: str) -> tuple[str, str]:
+    """The commands by which a pair's network and twin were made, as their cards have them.
+
+    Args:
+      name: Of `NAMES`; a published pair has none.
+
+    Raises:
+      FileNotFoundError: For a twin that has not been made.
+    """
+    if name in PUBLISHED:
+        return "", ""
+    network, how, *_ = {**MADE, **OTHERS}[name]
+    card = json.loads(compress.card_path(network, how).read_text())
+    return zoo.load(network).card["command"], card["command"]
 
 
 def of_files(
