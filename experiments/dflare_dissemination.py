@@ -203,7 +203,7 @@ def correlation(
     for place, share in enumerate(SHARES):
         params = changed(model.params, share, jax.random.key(place))
         twin = dataclasses.replace(model, params=params)
-        # One compilation serves all: a warm start, so that seconds are those of searching.
+        # A warm start, here and below: seconds are those of searching, not of compiling.
         pair = difftest.ModelPair(model, twin)
 
         def run(pair: difftest.ModelPair = pair) -> Cost:
@@ -264,6 +264,7 @@ def layers(
             return [accuracy(smaller), cost(pair, seeds, count, searches, most)]
 
         def chased(pair: difftest.ModelPair = pair) -> Cost:
+            cost(pair, seeds, 1, 1, schedule.chased_queries, True)
             return cost(pair, seeds, schedule.chased, searches, schedule.chased_queries, True)
 
         right, dflare = kept(folder / f"layer_{place}.json", searched)
