@@ -3,6 +3,8 @@
 import time
 from collections.abc import Hashable
 
+import numpy as np
+
 
 class Clock:
     """Times steps; the first of each size, in which something may be compiled, counts as none."""
@@ -21,3 +23,17 @@ class Clock:
             self._sizes.add(size)
             return 0.0
         return time.perf_counter() - self._started
+
+
+def shares(took: float, failed: np.ndarray) -> np.ndarray:
+    """Each seed's share of a step's seconds, float64 ``[B]``.
+
+    A model's crash or hang, and the asking one by one after it, is the time of the seeds that
+    failed: it costs the others nothing of theirs.
+
+    Args:
+        took: seconds of the step.
+        failed: bool ``[B]``, whose images broke a model.
+    """
+    blamed = failed if failed.any() else np.ones_like(failed)
+    return took * blamed / blamed.sum()

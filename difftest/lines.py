@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from difftest.ask import ask
-from difftest.clock import Clock
+from difftest.clock import Clock, shares
 from difftest.pair import ModelPair
 from difftest.result import SearchResult, distance, finish
 from difftest.walk import Rules
@@ -92,13 +92,14 @@ def run(
         images = np.stack([image for image, _ in asked.values()])
         original, compressed, errors = ask(pair, images, classes)
         rows.queries[places] += 1
+        failed = np.array([error is not None for error in errors])
         # Models of JAX functions fill their batches up to powers of two.
-        rows.seconds[places] += clock.seconds((len(places) - 1).bit_length()) / len(places)
+        took = clock.seconds((len(places) - 1).bit_length())
+        rows.seconds[places] += shares(took, failed)
         labels = rows.seed_labels[places]
         found = original.argmax(axis=1) != compressed.argmax(axis=1)
         if rules.keep_label:
             found &= original.argmax(axis=1) == labels
-        failed = np.array([error is not None for error in errors])
         found &= ~failed
         finish(rows, seeds, places[found], images[found], (original[found], compressed[found]))
         for slot, place in enumerate(places.tolist()):

@@ -12,7 +12,7 @@ import numpy as np
 
 from difftest import fitness, mutate
 from difftest.ask import ask
-from difftest.clock import Clock
+from difftest.clock import Clock, shares
 from difftest.pair import ModelPair
 from difftest.result import SearchResult, finish
 from difftest.walk import Rules, Walk, begin_each, chosen, judge_each, propose_each
@@ -105,7 +105,7 @@ def run(
         # Models of JAX functions fill their batches up to powers of two.
         room = (len(active) - 1).bit_length()
         took = clock.seconds((filled, room, slots.walks.store.vectors.shape))
-        rows.seconds[at_work] += took / len(active)
+        rows.seconds[at_work] += shares(took, failed)
         spent = (rows.queries[at_work] >= max_queries) | (rows.seconds[at_work] >= timeout)
         over = np.flatnonzero(found | failed | spent)
         if not len(over):

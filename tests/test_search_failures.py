@@ -105,6 +105,12 @@ def test_the_first_step_of_a_size_is_not_timed(monkeypatch):
     assert timed.seconds(2) == 0
 
 
+def test_a_step_that_broke_is_the_time_of_those_that_broke_it():
+    failed = np.array([False, True, False, True])
+    np.testing.assert_array_equal(clock.shares(3.0, failed), [0, 1.5, 0, 1.5])
+    np.testing.assert_array_equal(clock.shares(3.0, failed & False), [0.75] * 4)
+
+
 def test_nan_on_the_device_is_that_seeds_error():
     def apply(params, x):
         logits = x.reshape(len(x), -1) @ params
