@@ -137,19 +137,13 @@ def pair(
       The pair, the name of its data set, and its network and compression.
 
     Raises:
-      ValueError: For an unknown name, a network that was never trained, or a published pair
-        without its folder.
+      ValueError: For an unknown name, or a published pair without its folder.
       FileNotFoundError: For files that are not there; says the command that makes them.
     """
     if name not in NAMES:
         raise ValueError(f"pair: {name!r} is unknown; known are {', '.join(NAMES)}")
     if made := {**MADE, **OTHERS}.get(name):
         network, how, dataset, row = made
-        if network not in zoo.names():
-            raise ValueError(
-                f"{network} has not been trained; make it with: python -m experiments.train "
-                f"--model {network.removesuffix('_cifar10')} --data {dataset}"
-            )
         models = (load_model(network), compress.load(network, how))
         return difftest.ModelPair(*models), dataset, row
     chosen = PUBLISHED[name]

@@ -68,8 +68,8 @@ def test_what_is_missing_is_named_with_its_command(digits, folder, monkeypatch, 
         compress.load("lenet4_mnist", "hydra", [folder])
     with pytest.raises(ValueError, match="how: 'squeezed' is unknown; known are pruned"):
         compress.compress("digits_cnn", "squeezed", digits, OPTIONS, folder, "x")
-    with pytest.raises(ValueError, match="train --model plainnet20 --data cifar10"):
-        pairs.pair("plainnet20_cifar10_pruned")
+    with pytest.raises(FileNotFoundError, match="train --model vgg16 --data cifar10"):
+        pairs.pair("vgg16_cifar10_pruned")
     with pytest.raises(ValueError, match="'lenet6' is unknown; known are lenet1"):
         pairs.pair("lenet6")
 
