@@ -268,8 +268,9 @@ def layers(
             return cost(pair, seeds, schedule.chased, searches, schedule.chased_queries, True)
 
         right, dflare = kept(folder / f"layer_{place}.json", searched)
-        run = Cost(*kept(folder / "chased" / f"layer_{place}.json", chased))
-        found.append(Layer("/".join(path[1:-1]), right, Cost(*dflare), run))
+        diffchaser = kept(folder / "chased" / f"layer_{place}.json", chased)
+        name = "/".join(path[1:-1])
+        found.append(Layer(name, right, Cost(*dflare), Cost(*diffchaser)))
     return whole, found
 
 
