@@ -56,7 +56,7 @@ def test_a_run_gives_every_row_once(case, done):
     assert by_metric["mean queries, after the repair"].published == 55.67
     assert by_metric["queries after the repair to before it"].published == 3.04
     assert by_metric["median queries, after the repair, unseen seeds"].published is None
-    assert len(made) == 3 + 4 * 5 + 2
+    assert len(made) == 3 + 4 * 7 + 2
     assert all(row.ours is not None and row.commit == "0123456" for row in made)
     assert by_metric["repair ratio"].n == 2
     assert {row.row for row in made} == {"LeNet-4 Prune"}
@@ -68,6 +68,8 @@ def test_cells_hold_what_was_searched(case, done):
     result = difftest.SearchResult.load(folder / "stand_in" / "search_0" / "before.npz")
     assert cell.before.found == result.success.sum() >= 5
     assert cell.before.queries == result.queries[result.success].mean()
+    assert cell.before.l2 == np.median(result.l2[result.success])
+    assert cell.before.kept == result.keeps_label[result.success].mean()
     assert cell.before.searched + cell.before.deviating == cell.before.seeds == 24
     assert len(cell.ratios) == 2
     for ratios in cell.ratios:
@@ -134,8 +136,8 @@ def test_too_few_triggers_are_told(case, tmp_path):
 
 
 def test_rows_by_hand(case):
-    found = Summary(10, 1, 9, 9, 20.0, 15.0, 0.5)
-    none = Summary(10, 9, 1, 0, None, None, None)
+    found = Summary(10, 1, 9, 9, 20.0, 15.0, 0.5, 8.0, 0.25)
+    none = Summary(10, 9, 1, 0, None, None, None, None, None)
     cell = Cell([Ratios(0.5, 0.1, 0.4), Ratios(0.3, 0.3, 0.0)], found, none, none, found, "1" * 7)
     rows = {row.metric: row for row in _record(study.rows(case, [cell])).rows}
     assert rows["repair ratio"].ours == 40 and rows["improvement ratio"].ours == 20
@@ -144,6 +146,9 @@ def test_rows_by_hand(case):
     assert rows["success rate, after the repair"].ours == 0
     assert rows["success rate, before the repair"].ours == 100
     assert rows["mean queries, after the repair"].ours is None
+    assert rows["labels kept, before the repair"].ours == 25
+    assert rows["median L2, before the repair"].ours == 8
+    assert rows["median L2, after the repair"].ours is None
     assert rows["mean queries, after the repair"].note.startswith("no trigger was found")
     assert not any("to before it" in metric for metric in rows)
 
