@@ -47,8 +47,9 @@ TEXT = (
     "success rate is asked anew from the triggers kept, spreads are standard deviations over "
     "searches. L2 is the distance of a trigger from its seed on the 0-1 scale; labels are kept "
     "where the original model gives the trigger the label of its seed. After the repair "
-    "triggers take more queries in the paper and fewer in every pair here. The published networks are others under the same names; the paper's table 7 may "
-    "have its rows of CIFAR-10 in another order than its table 4, as table 6 has."
+    "triggers take more queries in the paper and fewer in every pair here. The published networks "
+    "are others under the same names; the paper's table 7 may have its rows "
+    "of CIFAR-10 in another order than its table 4, as table 6 has."
 )
 
 

@@ -65,7 +65,10 @@ TEXT = (
     "paper's seconds are from another machine and through slower calls. L2 is the distance "
     "from the seed on the 0-1 scale; labels are kept where the original model gives the trigger "
     "the label of its seed. The networks beyond the three published pairs are our own of the same "
-    "kind, whose compression leaves other differences than the paper's."
+    "kind, whose compression leaves other differences than the paper's. "
+    "Not reproduced: mean queries as few as the published, of most pairs, while medians are near "
+    "those of the released code as measured; and that ranked operators beat those drawn "
+    "uniformly, of which the Wilcoxon rows say how often they do."
 )
 
 
@@ -455,13 +458,15 @@ def _timeouts(case: Case, found: Found, schedule: Schedule) -> list[dict[str, An
     searched = sum(int(result.searched.sum()) for result in results)
     if not searched:
         return []
+    confirmed = [one.success & difftest.confirm(case.pair, one) for one in results]
     published = TABLE_10.get(case.title, (100, 100, 100) if case.title in TABLE_4 else (None,) * 3)
     return [
         {
             "row": _row(case, "released", schedule), "metric": f"success within {limit} s",
             "unit": "%", "published": there, "n": searched, "seeds": tuple(range(len(results))),
-            "ours": round(100 * sum(int((one.success & (one.seconds <= limit)).sum())
-                                    for one in results) / searched, 2),
+            "ours": round(100 * sum(int((good & (one.seconds <= limit)).sum())
+                                    for one, good in zip(results, confirmed, strict=True))
+                          / searched, 2),
         }
         for limit, there in zip(TIMEOUTS, published, strict=True)
     ]  # fmt: skip
@@ -499,22 +504,26 @@ def _accuracies(case: Case) -> list[dict[str, Any]]:
 
 
 def _comparisons(case: Case, found: Found) -> list[dict[str, Any]]:
-    """Section 5.3.2: whether ranked operators need fewer queries than uniform ones."""
-    if "uniform" not in found or "released" not in found:
-        return []
-    ranked, uniform = ([], [])
-    for one, other in zip(found["released"], found["uniform"], strict=False):
-        both = one.success & other.success
-        ranked.append(one.queries[both])
-        uniform.append(other.queries[both])
-    apart = np.concatenate(ranked) - np.concatenate(uniform)
-    if not apart.any():
-        return []
-    return [{
-        "row": f"{case.title}, released against DFlare_R", "metric": "Wilcoxon p of the queries",
-        "ours": float(f"{wilcoxon(apart).pvalue:.3g}"), "n": len(apart),
-        "note": f"mean difference {apart.mean():.1f} queries", "seeds": tuple(range(len(ranked))),
-    }]  # fmt: skip
+    """Section 5.3.2: whether ranked operators need fewer queries, or less time, than uniform."""
+    both = list(zip(found.get("released", []), found.get("uniform", []), strict=False))
+    made = []
+    for name, unit in (("queries", "queries"), ("seconds", "s")):
+        apart = [
+            (getattr(one, name) - getattr(other, name))[one.success & other.success]
+            for one, other in both
+        ]
+        # The test says nothing of pairs that are all alike.
+        differences = np.concatenate(apart) if apart else np.zeros(0)
+        if not differences.any():
+            continue
+        made.append({
+            "row": f"{case.title}, released against DFlare_R",
+            "metric": f"Wilcoxon p of the {name}",
+            "ours": float(f"{wilcoxon(differences).pvalue:.3g}"), "n": len(differences),
+            "note": f"mean difference {differences.mean():.3g} {unit}",
+            "seeds": tuple(range(len(both))),
+        })  # fmt: skip
+    return made
 
 
 def save_histogram(case: Case, found: Found, path: Path) -> None:

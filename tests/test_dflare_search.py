@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import wilcoxon
 
 from experiments import compress, pairs, record
 from experiments import dflare_search as study
@@ -102,6 +103,44 @@ def test_rows_say_their_budget_their_seeds_and_what_they_count(case, done):
         assert rate["n"] == sum(int(one.searched.sum()) for one in found[kind])
         assert queries["n"] == sum(int(one.success.sum()) for one in found[kind])
     assert rows[case.title, "accuracy, original"]["seeds"] == ()
+
+
+def test_ranked_and_uniform_operators_are_compared_on_seeds_that_both_found(case):
+    rng = np.random.default_rng(0)
+
+    def search(more):
+        queries = rng.integers(5, 60, 12) + more
+        return SimpleNamespace(
+            success=np.arange(12) != more % 12, queries=queries, seconds=queries / 64
+        )
+
+    found = {"released": [search(0), search(1)], "uniform": [search(14), search(15)]}
+    rows = {row["metric"]: row for row in study._comparisons(case, found)}
+    apart = np.concatenate(
+        [
+            (one.queries - other.queries)[one.success & other.success]
+            for one, other in zip(found["released"], found["uniform"], strict=True)
+        ]
+    )
+    assert len(apart) == 20 and apart.mean() < 0
+    assert rows["Wilcoxon p of the queries"]["n"] == rows["Wilcoxon p of the seconds"]["n"] == 20
+    p = wilcoxon(apart).pvalue
+    np.testing.assert_allclose(rows["Wilcoxon p of the queries"]["ours"], p, rtol=0.01)
+    np.testing.assert_allclose(rows["Wilcoxon p of the seconds"]["ours"], p, rtol=0.01)
+    said = rows["Wilcoxon p of the queries"]["note"]
+    assert said == f"mean difference {apart.mean():.3g} queries"
+    assert study._comparisons(case, {"released": found["released"]}) == []
+    assert study._comparisons(case, {**found, "uniform": found["released"]}) == []
+
+
+def test_success_within_a_time_is_of_triggers_that_still_trigger(case, done):
+    released = done[0]["released"]
+    undone = [dataclasses.replace(one, triggers=np.zeros_like(one.triggers)) for one in released]
+    rows = study._timeouts(case, {"released": undone}, TINY)
+    assert [row["ours"] for row in rows] == [0, 0, 0]
+    rows = study._timeouts(case, {"released": released}, TINY)
+    found = sum(int(one.success.sum()) for one in released)
+    assert rows[0]["ours"] == round(100 * found / rows[0]["n"], 2) > 0
 
 
 def test_the_released_code_as_measured_stands_in_notes(case, done):
