@@ -138,6 +138,8 @@ def bounded(graph: Graph, outward: bool, node: Node, *args: Any) -> tuple[Interv
     """
     run = functools.partial(run_quick, graph, precise(node))
     outs = RULES[node](node, run, *args)
+    if node.key in _ARITHMETIC and not jnp.issubdtype(outs[0].lower.dtype, jnp.floating):
+        return (_fitted(graph, node, run, args, *outs),)
     return tuple(_widened(graph, node, run, args, out) for out in outs) if outward else outs
 
 
@@ -203,9 +205,9 @@ _FALLING = frozenset({"acos", "erfc", "neg", "not"})
 
 
 @RULES.register(
-    *_RISING, "add", "add_any", "and", "clamp", "cumlogsumexp", "cummax", "cummin", "cumsum", "max",
-    "min", "or", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum",
-    "reduce_window_max", "reduce_window_min", "reduce_window_sum",
+    *_RISING, "add", "add_any", "clamp", "cumlogsumexp", "cummax", "cummin", "cumsum", "max", "min",
+    "reduce_max", "reduce_min", "reduce_sum", "reduce_window_max", "reduce_window_min",
+    "reduce_window_sum",
 )  # fmt: skip
 def _rising(node, run, *args):
     """Rising in every operand: lower ends make the lower end."""
@@ -236,8 +238,8 @@ def _body(node, run, *args):
     return tuple(ends(a) for a in args[len(args) - len(node.outputs) :])
 
 
-@RULES.register(*(operations.MOVEMENT - operations.ORDER - {operations.CUSTOM_DERIVATIVE,
-                                                            "select_n"}), "sort")  # fmt: skip
+@RULES.register(*(operations.MOVEMENT - operations.ORDER - {
+    operations.CUSTOM_DERIVATIVE, "convert_element_type", "select_n"}), "sort")  # fmt: skip
 def _moved(node, run, *args):
     """Moved data keep their order, sorted data too; places that the sample names are not known."""
     placed = any(data for i, data in enumerate(node.data) if i not in node.moved)
@@ -341,7 +343,58 @@ def _wave(node, run, x):
     return (Interval(lower.astype(low.dtype), upper.astype(low.dtype)),)
 
 
+# Whole numbers, which wrap where they do not fit their type ------------------------------------
+
+# What may not fit.
+_ARITHMETIC = {
+    "abs", "add", "add_any", "cumsum", "div", "integer_pow", "mul", "neg", "reduce_sum",
+    "reduce_window_sum", "square", "sub",
+}  # fmt: skip
+
+
+@RULES.register("convert_element_type")
+def _cast(node, run, x):
+    """Rising, but to a bool, which asks whether a number is not 0."""
+    (low,), (high,) = map(run, x)
+    given, kind = x.lower.dtype, low.dtype
+    if kind == jnp.bool_ != given:
+        # NaN for an end leaves it open.
+        beside = (x.lower <= x.upper) & ((x.lower > 0) & low | (x.upper < 0) & high)
+        return (Interval(beside, low | high),)
+    if given == jnp.bool_ or jnp.issubdtype(kind, jnp.floating):
+        return (Interval(low, high),)
+    return (_if_it_fits(x, Interval(low, high)),)
+
+
+def _if_it_fits(real: Interval, whole: Interval) -> Interval:
+    """Whole numbers where the real ones fit their type; elsewhere any, as XLA promises none."""
+    about = jnp.iinfo(whole.lower.dtype)
+    # As floats, which compare with every type; 2 ** bits is one, the highest whole number may not.
+    fits = (real.lower >= float(about.min)) & (real.upper < float(about.max) + 1)
+    least, most = (jnp.asarray(end, whole.lower.dtype) for end in (about.min, about.max))
+    return Interval(jnp.where(fits, whole.lower, least), jnp.where(fits, whole.upper, most))
+
+
+def _fitted(graph: Graph, node: Node, run: Run, args: Sequence[Any], out: Interval) -> Interval:
+    """The interval of whole numbers, wherever those of floats say that the node cannot wrap."""
+    floats = [
+        Interval(*(end.astype(float) for end in a)) if isinstance(a, Interval)
+        else jnp.asarray(a, float)
+        for a in args
+    ]  # fmt: skip
+    (real,) = RULES[node](node, run, *floats)
+    return _if_it_fits(_widened(graph, node, run, floats, real), out)
+
+
 # Decisions: lower says "certainly", upper says "possibly" -------------------------------------
+
+
+@RULES.register("and", "or", "reduce_and", "reduce_or")
+def _logic(node, run, *args):
+    """Rising, of decisions; the bits of whole numbers are not."""
+    if any(ends(a).lower.dtype != jnp.bool_ for a in args):
+        raise UnsupportedError(f"{RULES.interpretation}: no rule for {node} of whole numbers")
+    return _rising(node, run, *args)
 
 
 @RULES.register("gt", "ge", "lt", "le")

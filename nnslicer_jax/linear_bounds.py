@@ -164,7 +164,8 @@ def _bounds(walk: Walk, env: Env, seed: jax.Array, value: int | None = None) -> 
     terms: list[tuple[jax.Array, Interval]] = []
 
     def step(node, args, outs, back, context):
-        found, ended = RULES[node](node, args, outs, back, walk)
+        rule = RULES[node] if _carries(walk.graph, node) else _met
+        found, ended = rule(node, args, outs, back, walk)
         terms.extend(ended)
         return found
 
@@ -174,6 +175,14 @@ def _bounds(walk: Walk, env: Env, seed: jax.Array, value: int | None = None) -> 
         terms.append((total[walk.graph.input], env[walk.graph.input]))
     found = [_over(*term) for term in terms]
     return Interval(*(functools.reduce(jnp.add, terms) for terms in zip(*found, strict=True)))
+
+
+def _carries(graph: Graph, node: Node) -> bool:
+    """Whether lines can go through a node: whole numbers, which may wrap, have their interval."""
+    if node.key in operations.IDENTITY or node.key == operations.CUSTOM_DERIVATIVE:
+        return True
+    read = [i for i, data in zip(node.inputs, node.data, strict=True) if data]
+    return all(graph.values[i].is_float for i in (*read, *node.outputs))
 
 
 def _over(rows: jax.Array, x: Interval) -> Interval:

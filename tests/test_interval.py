@@ -173,6 +173,118 @@ def test_functions_of_one_number_are_bounded_tightly():
             np.testing.assert_allclose(found.upper[:, i], high, atol=fine.max(), err_msg=name)
 
 
+def cast(x, kind):
+    """As `lax.convert_element_type`, also of what JAX itself would round or clip first."""
+    return lax.convert_element_type(x, kind)
+
+
+# Of numbers from -400 to 400; whole numbers wrap in many of them.
+CASTS = {
+    "bool": lambda x: cast(x, jnp.bool_),
+    "bool of whole numbers": lambda x: cast(cast(x, jnp.int32), jnp.bool_),
+    "not": lambda x: ~cast(x, jnp.bool_),
+    "and, or": lambda x: cast(x, jnp.bool_) & (x > 1) | (x < -300),
+    "any": lambda x: jnp.broadcast_to(cast(x, jnp.bool_).any(1, keepdims=True), x.shape),
+    "int8": lambda x: cast(x, jnp.int8), "uint8": lambda x: cast(x, jnp.uint8),
+    "int16": lambda x: cast(x * 300, jnp.int16), "int32": lambda x: cast(x, jnp.int32),
+    "int32, far out": lambda x: cast(x * 1e8, jnp.int32), "uint32": lambda x: cast(x, jnp.uint32),
+    "int32 to uint8": lambda x: cast(cast(x, jnp.int32), jnp.uint8),
+    "int32 to int8": lambda x: cast(cast(x, jnp.int32), jnp.int8),
+    "int32 to uint32": lambda x: cast(cast(x, jnp.int32), jnp.uint32),
+    "bfloat16": lambda x: cast(x, jnp.bfloat16), "float16": lambda x: cast(x * 100, jnp.float16),
+    "not of whole numbers": lambda x: ~cast(x, jnp.int32),
+    "sum of int8": lambda x: cast(x, jnp.int8) + jnp.int8(100),
+    "difference of uint8": lambda x: cast(x, jnp.uint8) - jnp.uint8(30),
+    "product of int8": lambda x: cast(x, jnp.int8) * jnp.int8(3),
+    "square of int8": lambda x: cast(x, jnp.int8) * cast(x, jnp.int8),
+    "cube of int8": lambda x: cast(x, jnp.int8) ** 3,
+    "abs of int8": lambda x: abs(cast(x, jnp.int8)),
+    "negative of uint8": lambda x: -cast(x, jnp.uint8),
+    "quotient of int8": lambda x: lax.div(cast(x, jnp.int8), jnp.full_like(x, -1, jnp.int8)),
+    "running sum of int8": lambda x: jnp.cumsum(cast(x, jnp.int8), 1, dtype=jnp.int8),
+    "whole sum of int16": lambda x: jnp.broadcast_to(
+        lax.reduce_sum_p.bind(cast(x * 60, jnp.int16), axes=(1,), out_sharding=None)[:, None],
+        x.shape,
+    ),
+    "max of int32": lambda x: jnp.maximum(cast(x, jnp.int32), 7),
+    "relu of int32": lambda x: nn.relu(cast(x, jnp.int32)),
+    "leaky relu of int32": lambda x: nn.leaky_relu(cast(x, jnp.int32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_no_point_leaves_the_bounds_of_casts(name):
+    """Of ends on either side of 0, of a type's limits, and on them, by every kind of bounds."""
+    ends = np.float32([-400, -129, -128, -100, -1.5, -0.5, 0, 0.5, 1, 3, 100, 127, 128, 256, 400])
+    pairs = [(a, b) for i, a in enumerate(ends) for b in ends[i:]]
+    lower, upper = (np.tile(np.float32(end)[:, None], (1, 2)) for end in zip(*pairs, strict=True))
+
+    def apply(params, x):
+        return CASTS[name](x).astype(jnp.float32) * params["w"][None]
+
+    params = {"w": jnp.array([1.0, -2.0])}
+    graph = nns.trace(apply, params, lower[:1])
+    share = np.linspace(0, 1, 161, dtype=np.float32)[:, None, None]
+    points = np.clip(lower + share * (upper - lower), lower, upper)
+    # All whole numbers up to 200 are there too, so that wrapping is met.
+    points = np.concatenate([points, np.clip(np.round(points), lower, upper)])
+    values = jax.jit(lambda x: evaluation.logits(graph, params, x))(points.reshape(-1, 2))
+    values = np.asarray(values).reshape(points.shape)
+    for outward in (False, True):
+        bound = functools.partial(nns.interval_bounds, graph, params, outward=outward)
+        found = jax.device_get(jax.jit(bound)(lower, upper))
+        assert (values >= found.lower).all() and (values <= found.upper).all()
+    # These round otherwise, by what is largest in a sum of lines; to lines a cast moves nothing.
+    slack = (0.02 if "float" in name else 1e-5) * np.nan_to_num(
+        np.maximum(*map(np.abs, found)), posinf=0
+    )
+    for method in ("ibp", "crown-ibp", "crown", "fast-lin", "symbolic"):
+        bound = (
+            nns.symbolic_bounds if method == "symbolic"
+            else functools.partial(nns.linear_bounds, method=method)
+        )  # fmt: skip
+        run = jax.jit(functools.partial(bound, graph, params))
+        least = np.asarray(run(lower, upper, boxes.either_side(2)))
+        assert (values >= least[:, :2] - slack).all(), method
+        assert (-values >= least[:, 2:] - slack).all(), method
+
+
+def test_casts_are_bounded_exactly_where_they_cannot_wrap():
+    """A cast to bool is open only about 0, whole numbers that fit their type are known."""
+    lower = np.float32([[-1.0], [0.5], [0.0], [-3.0], [0.0]])
+    upper = np.float32([[1.0], [2.0], [2.0], [-1.0], [0.0]])
+    bounds = functools.partial(nns.interval_bounds, params={}, lower=lower, upper=upper)
+
+    def found(function):
+        graph = nns.trace(lambda _, x: function(x).astype(jnp.float32), {}, lower[:1])
+        return tuple(end[:, 0].tolist() for end in bounds(graph))
+
+    assert found(CASTS["bool"]) == ([0, 1, 0, 1, 0], [1, 1, 1, 1, 0])
+    assert found(CASTS["int8"]) == ([-1, 0, 0, -3, 0], [1, 2, 2, -1, 0])
+    assert found(CASTS["uint8"]) == ([0, 0, 0, 0, 0], [255, 2, 2, 255, 0])
+    assert found(lambda x: 50 * CASTS["int8"](x)) == ([-50, 0, 0, -128, 0], [50, 100, 100, 127, 0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda k: k & 1, lambda k: k | 1, lambda k: lax.reduce_and(k, (1,))[:, None],
+        lambda k: lax.reduce_or(k, (1,))[:, None], lambda k: k ^ 1, lambda k: (k > 0) ^ (k > 1),
+    ],
+)  # fmt: skip
+def test_bits_of_whole_numbers_have_no_bounds(function):
+    def apply(params, x):
+        return function(cast(x, jnp.int32)).astype(jnp.float32)
+
+    graph = nns.trace(apply, {}, jnp.ones((1, 2)))
+    for method in ("ibp", "crown"):
+        with pytest.raises(nns.UnsupportedError, match=r"^interval bounds: no rule for .*(and|or)"):
+            nns.linear_bounds(
+                graph, {}, jnp.zeros((1, 2)), jnp.ones((1, 2)),
+                jnp.ones((1, graph.values[graph.logits].shape[1])), method=method,
+            )  # fmt: skip
+
+
 def test_reciprocal_of_a_number_that_may_be_0_is_unknown():
     graph = nns.trace(lambda p, x: 1.0 / x * p["w"][None], {"w": jnp.ones(1)}, jnp.ones((1, 1)))
     ends = jnp.array([[-1.0], [1.0]]), jnp.array([[1.0], [2.0]])
