@@ -73,7 +73,7 @@ KINDS: Mapping[str, Kind] = {
 # Of PyTorch, those that the targets are about.
 MASKED = "trades, 10 steps"
 CERTIFIED = 12_000  # Noisy images a second.
-# Of noise: the default, and the quickest on a CPU.
+# Of noise: the default, and one made to be quick on accelerators.
 GENERATORS = ("threefry2x32", "unsafe_rbg")
 
 

@@ -442,7 +442,7 @@ def vra_s(
     noisy images are not clipped.
 
     Args:
-      key: Draws the noise; keys of `impl="unsafe_rbg"` draw it faster.
+      key: Draws the noise; on a CPU the default generator is faster than `unsafe_rbg`.
       apply: As for `benign`; also given pixels out of bounds.
       params: Its parameters.
       images: `[N, ...]` floats within `bounds`.
