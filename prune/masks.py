@@ -2,7 +2,9 @@
 
 Scores and masks have the structure of the parameters, with None in place of what is not to be
 pruned. "The top p %" of n entries are ceil(p * n) of them, at least one: a layer too small for the
-share keeps one. Equal scores are settled by position, the earlier one (in C order, then in the
+share keeps one. A global share leaves every layer its best entry before it takes the best of all:
+methods that rank all weights together empty whole layers where little is kept, and nothing passes
+an empty layer. Equal scores are settled by position, the earlier one (in C order, then in the
 order of the leaves) being kept.
 """
 
@@ -29,7 +31,8 @@ def topk(scores: Any, keep: float | Fraction, scope: str = "layer") -> Any:
       scores: Pytree of arrays of integers or floats; None: not to be pruned.
       keep: Share of the entries to keep, above 0 and at most 1; a float is read as the decimal
         that it prints as, so 0.1 of 30 are 3.
-      scope: "layer": that share of every leaf; "global": of all leaves together.
+      scope: "layer": that share of every leaf; "global": of all leaves together, at least one of
+        each.
 
     Returns:
       Masks, bool, True where the entry stays; None where the scores are None.
@@ -78,7 +81,7 @@ def counts(scores: Any, keep: Any, scope: str = "layer") -> Any:
         return jax.tree.unflatten(structure, map(int, numbers))
     share = _share(keep)
     if scope == "global":
-        return math.ceil(share * sum(sizes))
+        return max(math.ceil(share * sum(sizes)), len(sizes))
     return jax.tree.unflatten(structure, [math.ceil(share * size) for size in sizes])
 
 
@@ -90,7 +93,7 @@ def largest(scores: Any, counts: Any) -> Any:
     Args:
       scores: As for `topk`.
       counts: Whole numbers of at least 0: a pytree like the scores, of numbers `[]`, one for every
-        leaf, or one number for all of them together.
+        leaf, or one number for all of them together, of which each gets one first.
 
     Returns:
       Masks, as `topk`.
@@ -103,9 +106,13 @@ def largest(scores: Any, counts: Any) -> Any:
         found = [_largest(leaf, n) for leaf, n in zip(leaves, numbers, strict=True)]
     else:
         (number,) = numbers
-        together = _largest(jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), number)
-        ends = [sum(leaf.size for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
-        parts = jnp.split(together, ends)
+        together = jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+        ends = np.cumsum([leaf.size for leaf in leaves])
+        starts = [0, *map(int, ends[:-1])]
+        best = jnp.stack([
+            start + together[start:end].argmax() for start, end in zip(starts, ends, strict=True)
+        ])  # fmt: skip
+        parts = jnp.split(_largest(together, number, best), ends[:-1])
         found = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
     return jax.tree.unflatten(structure, found)
 
@@ -194,13 +201,16 @@ def _share(keep: float | Fraction) -> Fraction:
 
 
 @jax.jit
-def _largest(scores: jax.Array, count: Any) -> jax.Array:
-    """The count largest of all scores.
+def _largest(scores: jax.Array, count: Any, first: jax.Array | None = None) -> jax.Array:
+    """The count largest of all scores, those at the places `first` [L] before any other.
 
     The least score kept is found bit by bit, by counting what is at least as large: 32 passes,
     where XLA's sort on a CPU takes many times as long.
     """
     ranks = _ranks(jnp.ravel(scores))
+    if first is not None:
+        top = jnp.iinfo(ranks.dtype).max
+        ranks = jnp.minimum(ranks, jnp.asarray(top - 1, ranks.dtype)).at[first].set(top)
     bits = ranks.dtype.itemsize * 8
     count = jnp.asarray(count, jnp.int32)
 

@@ -15,10 +15,16 @@ from prune import masks
 
 
 def naive(scores: list[np.ndarray], keep: Fraction) -> list[np.ndarray]:
-    """Takes the best entry, the earliest of equal ones, until there are enough."""
+    """Takes the best entry, the earliest of equal ones: of each array, then until enough."""
     flat = [float(v) for array in scores for v in array.ravel()]
     left = list(range(len(flat)))
     chosen = [False] * len(flat)
+    start = 0
+    for array in scores:
+        first = start + int(array.argmax())
+        left.remove(first)
+        chosen[first] = True
+        start += array.size
     while sum(chosen) < max(1, math.ceil(keep * len(flat))):
         best = max(flat[i] for i in left)
         first = next(i for i in left if flat[i] == best)
@@ -105,6 +111,21 @@ def test_a_layer_smaller_than_one_kept_weight_keeps_one():
     assert masks.kept(masks.topk(scores, 0.01)) == (4, 302)
 
 
+def test_a_global_share_empties_no_layer():
+    scores = {"a": jnp.asarray([1.0, 2.0]), "b": jnp.asarray([9.0, 7.0, 8.0]), "c": jnp.zeros(2)}
+    found = masks.topk(scores, 0.5, "global")
+    np.testing.assert_array_equal(found["a"], [False, True])
+    np.testing.assert_array_equal(found["b"], [True, False, True])
+    np.testing.assert_array_equal(found["c"], [True, False])
+    # One of each is the least, also where the share is less.
+    assert masks.counts(scores, 0.01, "global") == 3
+    few = masks.topk(scores, 0.01, "global")
+    assert [int(mask.sum()) for mask in few.values()] == [1, 1, 1]
+    # The best of a layer is above the best that a whole number can be.
+    most = {"a": np.full(3, 2**31 - 1, np.int32), "b": np.zeros(2, np.int32)}
+    assert [int(mask.sum()) for mask in masks.topk(most, 0.4, "global").values()] == [1, 1]
+
+
 def test_gradients_go_straight_through():
     scores = {"w": jnp.asarray([[0.5, -2.0], [1.0, 0.25]]), "b": None}
     weights = jnp.asarray([[3.0, 4.0], [-5.0, 6.0]])
@@ -131,7 +152,8 @@ def test_it_is_traceable():
 def test_plain_numbers_are_scores_too():
     found = masks.topk({"a": 3, "b": [1.5, 2.5], "c": None}, 0.5, "global")
     assert found["c"] is None
-    assert [bool(found["a"]), *map(bool, found["b"])] == [True, False, True]
+    # Each is a layer of one.
+    assert [bool(found["a"]), *map(bool, found["b"])] == [True, True, True]
 
 
 def test_masks_are_applied_and_counted():
