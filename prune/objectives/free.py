@@ -38,7 +38,7 @@ def init(
     Args:
       network: What is trained.
       plan: Of the run.
-      eps: Largest change of a pixel, 0 to 1.
+      eps: Largest change of a pixel, above 0 up to 1.
       step_size: Change of the perturbation by a step, above 0 up to 1; None: eps.
       replays: Steps in a row on one batch, at least 1.
 
