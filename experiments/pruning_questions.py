@@ -378,9 +378,12 @@ def run(case: Case, part: Part, work: Path, show: bool = False) -> Found:
       show: Write progress lines to standard error.
 
     Raises:
-      ValueError: For a folder of another run.
+      ValueError: For a folder of another run, or an eps that a question has no attacks for.
       FloatingPointError: Loss or weights stopped being finite.
     """
+    eps = case.schedule.eps
+    if AFTER in part.questions and eps is not None and not math.isclose(eps, 8 / 255):
+        raise ValueError(f"eps must be 8/255 for {AFTER}, not {eps:g}")
     robust_pruning.claim(case, work)
     ledger = Ledger(work / "done.json")
     found: Found = {}
@@ -516,10 +519,12 @@ def main(argv: Sequence[str]) -> None:
         # Of the code that ran, should it change on the way.
         about = origin(data="", seeds=part.seeds)
         case = robust_pruning.prepare(
-            given.model, given.data, given.data_dir, robust_pruning.SCHEDULES[given.schedule],
+            given.model, given.data, given.data_dir,
+            dataclasses.replace(robust_pruning.SCHEDULES[given.schedule], eps=given.eps),
             about["commit"],
         )  # fmt: skip
-        work = Path(given.work or robust_pruning.work_of(given.model, given.data, given.schedule))
+        place = robust_pruning.work_of(given.model, given.data, given.schedule, given.eps)
+        work = Path(given.work or place)
         found = run(case, part, work, show=True)
         save_figures(found, Path(given.figures))
     except (OSError, ValueError, FloatingPointError) as error:
@@ -535,6 +540,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("data", "cifar10", "data set")
     flags.DEFINE_string("data_dir", None, "folder searched first for the data set")
     flags.DEFINE_enum("schedule", "cpu", schedules, "how much is run")
+    flags.DEFINE_float("eps", None, "half the width of the box; each objective's unless set", 0, 1)
     flags.DEFINE_list("questions", list(part.questions), f"of {', '.join(QUESTIONS)}")
     flags.DEFINE_list("objectives", ["trades"], f"of {', '.join(robust_pruning.MEASURES)}")
     flags.DEFINE_list("ratios", ["0.99"], "shares of the weights that are pruned")

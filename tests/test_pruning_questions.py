@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from experiments import provenance, record, robust_pruning
 from experiments import pruning_questions as study
-from experiments import record, robust_pruning
 from experiments.pruning_questions import Key, Part
 from experiments.robust_pruning import Outcome
 from prune import hydra, masks, stages
@@ -152,6 +154,33 @@ def test_what_is_left_afterwards(case, monkeypatch):
     assert len(rows) == 3 * len(found) and all(row["ours"] == 0 for row in rows[2 * len(found) :])
     made = functools.partial(record.Row, study="pruning_questions")
     assert all(made(**{**ABOUT, **row}) for row in rows)
+
+
+def test_eps_reaches_the_stages_and_the_notes(case):
+    wide = dataclasses.replace(case, schedule=dataclasses.replace(SCHEDULE, eps=0.1))
+    cell = study.Cell(wide, "trades", robust_pruning.share(0.9), 0, None, stages.Run())
+    assert [dict(stage.options)["eps"] for stage in (cell.search, cell.finetune)] == [0.1, 0.1]
+    found = {Key("filters", "trades", "HYDRA", 0.5): [Outcome({"era": 0.4}, [])]}
+    assert study.rows(wide, found)[0]["note"].endswith("eps 1/10")
+
+
+def test_what_is_left_afterwards_has_an_eps_of_its_own(tmp_path):
+    words = [
+        "--model=digits_cnn",
+        "--data=digits",
+        "--schedule=tiny",
+        "--questions=after",
+        "--eps=0.1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.pruning_questions", *words, f"--work={tmp_path}"],
+        cwd=provenance.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "error: eps must be 8/255 for after, not 0.1\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
