@@ -34,7 +34,17 @@ TEXT = (
     "training; the same with HYDRA's scores trained in place of the weights, and with the weights "
     "under a fixed mask, beside the plain step; and where PyTorch is installed, the plain step "
     "beside its own. Medians of runs by turns, the spread being the 95 % interval over resampled "
-    "runs. Certification by smoothing counts noisy images, the noise being drawn for each."
+    "runs. Certification by smoothing counts noisy images, the noise being drawn for each. "
+    "A step that is natural or smoothing is the network in training and no more, by XLA's own "
+    "convolutions. On a CPU these are quick forward, but their gradients miss the fast path: "
+    "clearly where windows move in strides, as in CNN-small, and in all loops and branches. "
+    "Attacks and bounds therefore have gradients written anew (`nnslicer_jax/first_order.py`): of "
+    "the input by turned kernels, or with few channels by products of patches; of the kernel by "
+    "products of patches, few samples at a time; strides laid into channels; max pooling by "
+    "comparisons. Tried too, and slower: loops rolled over XLA's gradients, products of all "
+    "patches at once, and in bounds convolutions of dilated rows. VGG and residual networks take "
+    "products of patches in training too, where channels are many and places few "
+    "(`nnslicer_jax/convolution.py`)."
 )
 SHAPE = (32, 32, 3)
 KEEP = 0.1
