@@ -13,8 +13,10 @@ crossover ratio of 0.8; k = 2; tournaments of two; uniform crossover of position
 one from one parent; one mutation a child.
 """
 
+import os
 import time
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,13 @@ import numpy as np
 
 from difftest import mutate
 from difftest.ask import ask
-from difftest.pair import ModelPair
+from difftest.keeping import Keeping
+from difftest.pair import JaxModel, ModelPair
+from difftest.replay import same_answers
 from difftest.result import SearchResult, finish
 from difftest.seeds import checked_key, checked_seeds, labelled
 from difftest.walk import within
+from nnslicer_jax.checkpoint import digest
 
 _SEEDS_AT_A_TIME = 128
 
@@ -73,6 +78,7 @@ def diffchase(
     timeout: float = 180.0,
     keep_label: bool = False,
     max_l2: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> SearchResult:
     """Searches, from each seed, an input that the two models label differently.
 
@@ -91,16 +97,18 @@ def diffchase(
         tournament_size: how many compete for a place.
         table: of ``mutate.TABLES``.
         max_queries: of one seed.
-        timeout: seconds of one seed, asked between generations.
+        timeout: seconds of one seed, asked between generations; programs are compiled before.
         keep_label: only inputs count that the original model gives the seed's label; others lose
             every tournament with one of those.
         max_l2: largest distance from the seed on the 0-1 scale; None: any.
+        checkpoint: a file; each seed is kept there when it is finished, and a search that was ended
+            begins with those.
 
     Returns:
         One row a seed. A chain holds one entry, the generation and the place of the trigger in it.
 
     Raises:
-        ValueError: seeds or an option are not accepted.
+        ValueError: seeds or an option are not accepted, or the checkpoint is another search's.
         ModelError: the models fail on every seed.
     """
     _check(pool_size, crossover_ratio, k, tournament_size, table, max_queries, timeout, max_l2)
@@ -120,9 +128,95 @@ def diffchase(
     rows = labelled(pair, seeds, "diffchaser", settings, _SEEDS_AT_A_TIME)
     if k > rows.outputs_original.shape[1] and len(seeds):
         raise ValueError(f"k is {k}; accepted are 2 to {rows.outputs_original.shape[1]}, classes")
-    for place in np.flatnonzero(rows.status == "waiting").tolist():
-        _chase(pair, seeds, jax.random.fold_in(key, place), rows, place)
+    rows.settings["seeds"] = digest([seeds, rows.seed_labels])
+    with Keeping(checkpoint, rows, partial(same_answers, pair)) as keep:
+        waiting = np.flatnonzero(rows.status == "waiting").tolist()
+        if waiting:
+            _compile(pair, rows, key, seeds[waiting[0]])
+        for place in waiting:
+            _chase(pair, seeds, jax.random.fold_in(key, place), rows, place)
+            # A seed takes longer than any file.
+            keep.now()
     return rows
+
+
+class _Pool(NamedTuple):
+    """Where one seed's search stands, P inputs asked about and B others.
+
+    Attributes:
+        known: uint8 ``[P, H, W, C]``, those that stay of the last generation.
+        scores: float32 ``[P]``, theirs.
+        images: uint8 ``[B, H, W, C]``, to be asked next.
+    """
+
+    known: np.ndarray
+    scores: np.ndarray
+    images: np.ndarray
+
+
+def _begun(given: dict[str, Any], key: jax.Array, seed: np.ndarray) -> _Pool:
+    images = np.asarray(_first(given["table"], given["pool_size"], given["max_l2"], key, seed))
+    return _Pool(images[:0], np.zeros(0, np.float32), images)
+
+
+def _bred(
+    given: dict[str, Any],
+    key: jax.Array,
+    generation: int,
+    seed: np.ndarray,
+    pool: _Pool,
+    original: np.ndarray,
+    compressed: np.ndarray,
+    allowed: np.ndarray,
+) -> _Pool:
+    """A generation's pool, of the last one and the models' answers ``[B, K]`` to its images."""
+    size = given["pool_size"]
+    number = max(1, round(given["crossover_ratio"] * size))
+    uncertain = np.asarray(
+        k_uncertainty(jnp.asarray(original), jnp.asarray(compressed), given["k"])
+    )
+    # A disallowed input loses every tournament with an allowed one.
+    score = np.where(allowed, uncertain, np.float32(np.inf))
+    known = np.concatenate([pool.known, pool.images])
+    scores = np.concatenate([pool.scores, score])
+    kept, children = _next(
+        given["table"],
+        number,
+        given["tournament_size"],
+        given["max_l2"],
+        jax.random.fold_in(key, generation),
+        seed,
+        known,
+        scores,
+        size - number,
+    )
+    return _Pool(known[kept], scores[kept], np.asarray(children))
+
+
+def _compile(pair: ModelPair, rows: SearchResult, key: jax.Array, seed: np.ndarray) -> None:
+    """Runs once what every seed runs, so that no seed's clock contains that it is compiled.
+
+    Models that compile are asked; others are asked nothing that counts for no seed.
+    """
+    given, classes = rows.settings, rows.outputs_original.shape[1]
+    compiling = [one for one in (pair.original, pair.compressed) if isinstance(one, JaxModel)]
+
+    def asked(images: np.ndarray) -> None:
+        if compiling:
+            ask(ModelPair(compiling[0], compiling[-1]), images, classes)
+
+    pool, left = _begun(given, key, seed), given["max_queries"]
+    # A first pool, and the children of all later ones.
+    for generation in (1, 2):
+        count = len(pool.images)
+        asked(pool.images[:left])
+        if left <= count:
+            return
+        left -= count
+        answers = np.zeros((count, classes), np.float32)
+        pool = _bred(given, key, generation, seed, pool, answers, answers, np.ones(count, bool))
+    # The last children may be cut short.
+    asked(pool.images[: left % len(pool.images)])
 
 
 def _chase(
@@ -131,16 +225,13 @@ def _chase(
     """Searches from one seed and fills its row in."""
     given = rows.settings
     max_queries, timeout = given["max_queries"], given["timeout"]
-    table, max_l2, size = given["table"], given["max_l2"], given["pool_size"]
     classes = rows.outputs_original.shape[1]
     seed, label = seeds[place], rows.seed_labels[place]
-    number = max(1, round(given["crossover_ratio"] * size))
     started = time.perf_counter()
-    images = np.asarray(_first(table, size, max_l2, key, seed))
-    pool, scores = images[:0], np.zeros(0, np.float32)
+    pool = _begun(given, key, seed)
     generation = 0
     while True:
-        asked = images[: max_queries - rows.queries[place]]
+        asked = pool.images[: max_queries - rows.queries[place]]
         original, compressed, errors = ask(pair, asked, classes)
         labels = original.argmax(axis=1)
         allowed = (labels == label) | (not given["keep_label"])
@@ -156,25 +247,15 @@ def _chase(
                 rows.chains[place] = (("generation", generation, first),)
                 some = slice(first, first + 1)
                 outputs = original[some], compressed[some]
-                finish(rows, seeds, np.array([place]), images[some], outputs)
+                finish(rows, seeds, np.array([place]), asked[some], outputs)
             break
         rows.queries[place] += len(asked)
         spent = time.perf_counter() - started >= timeout
         if spent or rows.queries[place] >= max_queries:
             rows.status[place] = "budget"
             break
-        uncertain = np.asarray(
-            k_uncertainty(jnp.asarray(original), jnp.asarray(compressed), given["k"])
-        )
-        # A disallowed input loses every tournament with an allowed one.
-        score = np.where(allowed, uncertain, np.float32(np.inf))
-        pool, scores = np.concatenate([pool, images]), np.concatenate([scores, score])
         generation += 1
-        step = jax.random.fold_in(key, generation)
-        kept, children = _next(
-            table, number, given["tournament_size"], max_l2, step, seed, pool, scores, size - number
-        )
-        pool, scores, images = pool[kept], scores[kept], np.asarray(children)
+        pool = _bred(given, key, generation, seed, pool, original, compressed, allowed)
     rows.seconds[place] = time.perf_counter() - started
 
 

@@ -69,6 +69,13 @@ class SearchResult:
         """Bool ``[N]``: the seeds that the success rate is of, all but those that disagreed."""
         return ~np.isin(self.status, ("disagrees", "waiting"))
 
+    def take(self, other: "SearchResult", places: np.ndarray) -> None:
+        """Copies the rows at some places, int ``[n]``, from another search of the same seeds."""
+        for name in _ARRAYS:
+            getattr(self, name)[places] = getattr(other, name)[places]
+        for place in places.tolist():
+            self.chains[place], self.errors[place] = other.chains[place], other.errors[place]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one ``.npz`` file, whole or not at all."""
         words = json.dumps(

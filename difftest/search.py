@@ -4,16 +4,15 @@ Tian et al., TOSEM 2023, section 3. Variants: "paper" and "released" (its code, 
 published numbers come) are the walks of ``walk.py``; "best" is ours (``lines.py``).
 """
 
-import json
 import os
-import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from difftest import device, lines, lockstep
+from difftest.keeping import Keeping
 from difftest.pair import ModelPair
 from difftest.replay import same_answers
 from difftest.result import SearchResult
@@ -82,9 +81,6 @@ def search(
     rows = labelled(pair, seeds, variant, settings, batch_size)
     rows.settings["seeds"] = digest([seeds, rows.seed_labels])
     answers = np.stack([rows.outputs_original, rows.outputs_compressed])
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        _resume(path, pair, rows)
     rules = VARIANTS[variant]
     rules = rules._replace(
         either=rules.either and bool(novelty),
@@ -94,63 +90,19 @@ def search(
     )
     if selection is not None:
         rules = rules._replace(selection=selection)
-    saving = _Saving(path, rows)
     options: dict[str, Any] = {
         "max_queries": max_queries,
         "timeout": timeout,
         "batch_size": batch_size,
-        "save": saving,
     }
-    try:
+    with Keeping(checkpoint, rows, partial(same_answers, pair)) as keep:
         if variant == "best":
-            lines.run(pair, seeds, rules, rows, answers, **options)
+            lines.run(pair, seeds, rules, rows, answers, save=keep, **options)
         # What the lines have left over, walks.
         waiting = np.flatnonzero(rows.status == "waiting")
         run = device.run if pair.on_device else lockstep.run
-        run(pair, seeds, key, rules, rows, waiting, **options)
-    finally:
-        saving.now()
+        run(pair, seeds, key, rules, rows, waiting, save=keep, **options)
     return rows
-
-
-class _Saving:
-    """Writes the checkpoint; what that takes stays below a twentieth of the time."""
-
-    def __init__(self, path: Path | None, rows: SearchResult) -> None:
-        self.path, self.rows, self.next = path, rows, 0.0
-
-    def __call__(self) -> None:
-        if self.path is not None and time.perf_counter() >= self.next:
-            self.now()
-
-    def now(self) -> None:
-        if self.path is not None:
-            started = time.perf_counter()
-            self.rows.save(self.path)
-            ended = time.perf_counter()
-            self.next = ended + 20 * (ended - started)
-
-
-def _resume(path: Path, pair: ModelPair, rows: SearchResult) -> None:
-    """Takes over the rows that were finished, if the pair still answers as they say."""
-    old = SearchResult.load(path)
-    mine, theirs = ({"variant": one.variant, **one.settings} for one in (rows, old))
-    for name, value in mine.items():
-        if json.dumps(theirs.get(name)) != json.dumps(value):
-            raise ValueError(
-                f"checkpoint {path} is of another search: its {name} is "
-                f"{str(theirs.get(name))[:60]}, here it is {str(value)[:60]}"
-            )
-    if not same_answers(pair, old):
-        raise ValueError(
-            f"checkpoint {path} is of another pair: these models answer its images otherwise"
-        )
-    done = old.status != "waiting"
-    for name, array in vars(rows).items():
-        if isinstance(array, np.ndarray):
-            array[done] = getattr(old, name)[done]
-    for place in np.flatnonzero(done):
-        rows.chains[place], rows.errors[place] = old.chains[place], old.errors[place]
 
 
 def _check(

@@ -155,17 +155,26 @@ def convolutions(model: Any, variables: Any, shape: Sequence[int]) -> list[tuple
 
 def cost(
     pair: difftest.ModelPair, images: np.ndarray, count: int, searches: int, most: int,
-    chased: bool = False,
+    chased: bool = False, path: Path | None = None,
 ) -> Cost:  # fmt: skip
-    """What triggers cost, from the same seeds for every pair."""
+    """What triggers cost, from the same seeds for every pair.
+
+    Args:
+      pair: The models.
+      images: uint8 `[N, H, W, C]`, of which seeds are drawn.
+      count: Seeds of a random seed.
+      searches: Random seeds.
+      most: Queries of a seed.
+      chased: By DiffChaser.
+      path: Beside it, what was found of each random seed is kept; None: nowhere.
+    """
     told = Cost([], [], [], [])
     for search in range(searches):
         seeds = images[np.random.default_rng(search).permutation(len(images))[:count]]
         key = jax.random.key(search)
-        if chased:
-            result = diffchase(pair, seeds, key, max_queries=most)
-        else:
-            result = difftest.search(pair, seeds, key, max_queries=most)
+        checkpoint = None if path is None else path.with_name(f"{path.stem}_{search}.npz")
+        run = diffchase if chased else difftest.search
+        result = run(pair, seeds, key, max_queries=most, checkpoint=checkpoint)
         good = result.success & difftest.confirm(pair, result)
         told.queries.append(float(result.queries[good].mean()) if good.any() else None)
         told.seconds.append(float(result.seconds[good].mean()) if good.any() else None)
@@ -205,12 +214,13 @@ def correlation(
         twin = dataclasses.replace(model, params=params)
         # A warm start, here and below: seconds are those of searching, not of compiling.
         pair = difftest.ModelPair(model, twin)
+        path = folder / f"{name}_{share}.json"
 
-        def run(pair: difftest.ModelPair = pair) -> Cost:
+        def run(pair: difftest.ModelPair = pair, path: Path = path) -> Cost:
             cost(pair, images, min(count, 8), 1, schedule.max_queries)
-            return cost(pair, images, count, searches, schedule.max_queries)
+            return cost(pair, images, count, searches, schedule.max_queries, path=path)
 
-        found[share] = Cost(*kept(folder / f"{name}_{share}.json", run))
+        found[share] = Cost(*kept(path, run))
     return found
 
 
@@ -259,16 +269,21 @@ def layers(
         smaller = one_pruned(variables, path, schedule.share)
         pair = difftest.ModelPair(original, difftest.jax_model(apply, smaller))
 
-        def searched(pair: difftest.ModelPair = pair, smaller: Any = smaller) -> Any:
+        searched_at = folder / f"layer_{place}.json"
+        chased_at = folder / "chased" / f"layer_{place}.json"
+
+        def searched(
+            pair: difftest.ModelPair = pair, smaller: Any = smaller, path: Path = searched_at
+        ) -> Any:
             cost(pair, seeds, min(count, 8), 1, most)
-            return [accuracy(smaller), cost(pair, seeds, count, searches, most)]
+            return [accuracy(smaller), cost(pair, seeds, count, searches, most, path=path)]
 
-        def chased(pair: difftest.ModelPair = pair) -> Cost:
-            cost(pair, seeds, 1, 1, schedule.chased_queries, True)
-            return cost(pair, seeds, schedule.chased, searches, schedule.chased_queries, True)
+        def chased(pair: difftest.ModelPair = pair, path: Path = chased_at) -> Cost:
+            limits = (schedule.chased, searches, schedule.chased_queries)
+            return cost(pair, seeds, *limits, chased=True, path=path)
 
-        right, dflare = kept(folder / f"layer_{place}.json", searched)
-        diffchaser = kept(folder / "chased" / f"layer_{place}.json", chased)
+        right, dflare = kept(searched_at, searched)
+        diffchaser = kept(chased_at, chased)
         name = "/".join(path[1:-1])
         found.append(Layer(name, right, Cost(*dflare), Cost(*diffchaser)))
     return whole, found

@@ -319,10 +319,11 @@ def run_cell(
             **chosen.options,
         )  # fmt: skip
     if path.exists():
-        return difftest.SearchResult.load(path)
-    result = diffchase(case.pair, seeds, key, max_queries=most, timeout=timeout)
-    result.save(path)
-    return result
+        kept = difftest.SearchResult.load(path)
+        # Saved whole before there were checkpoints, it does not name its seeds.
+        if "waiting" not in kept.status:
+            return kept
+    return diffchase(case.pair, seeds, key, max_queries=most, timeout=timeout, checkpoint=path)
 
 
 def summary(pair: difftest.ModelPair, result: difftest.SearchResult) -> Summary:

@@ -14,6 +14,7 @@ from experiments import record
 from nnslicer_jax import attacks, data, zoo
 
 ABOUT = {"command": "x", "data": "x", "seeds": (0,), "commit": "unknown", "hardware": "x"}
+KEY = jax.random.key(1)
 TINY = study.SCHEDULES["tiny"]
 
 
@@ -106,6 +107,36 @@ def test_costs_are_of_seeds_with_a_confirmed_trigger():
     twins = difftest.ModelPair(model, model)
     found = study.cost(twins, digits.test_images, 4, 2, 3)
     assert found == study.Cost([None, None], [None, None], [0, 0], [4, 4])
+
+
+@pytest.mark.parametrize("chased", [False, True])
+def test_a_cost_that_was_ended_goes_on(tmp_path, chased, monkeypatch):
+    digits, trained = data.load("digits"), zoo.load("digits_cnn")
+    model = difftest.jax_model(trained.model.apply, trained.variables)
+    twin = difftest.jax_model(trained.model.apply, study.changed(trained.variables, 0.5, KEY))
+    given = difftest.ModelPair(model, twin), digits.test_images, 4, 2, 100, chased
+    whole = study.cost(*given)
+    searched, name = [], "diffchase" if chased else "search"
+    module = study if chased else difftest
+    run = getattr(module, name)
+
+    def ends(*options, **others):
+        searched.append(options)
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        return run(*options, **others)
+
+    path = tmp_path / "lenet5_0.1.json"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, name, ends)
+        study.cost(*given, path=path)
+    kept = tmp_path / "lenet5_0.1_0.npz"
+    assert [one.name for one in tmp_path.iterdir()] == [kept.name]
+    before = difftest.SearchResult.load(kept)
+    again = study.cost(*given, path=path)
+    assert (again.queries, again.found) == (whole.queries, whole.found)
+    # Seconds of what was finished before are those that it took then.
+    assert (difftest.SearchResult.load(kept).seconds == before.seconds).all()
 
 
 def test_adversarial_images_that_trigger_are_counted():

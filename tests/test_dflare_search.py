@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from scipy.stats import wilcoxon
 
+from difftest import diffchaser
 from experiments import compress, pairs, record
 from experiments import dflare_search as study
 from nnslicer_jax import data
-from tests.pairs import linear_pair
+from tests.pairs import assert_same_search, linear_pair
 
 TINY = dataclasses.replace(
     study.SCHEDULES["tiny"],
@@ -72,6 +73,32 @@ def test_a_run_that_was_ended_goes_on(case, done, monkeypatch):
     other = dataclasses.replace(TINY, timeout=1.0)
     with pytest.raises(ValueError, match="another run|other"):
         study.run(case, other, folder)
+
+
+def test_diffchaser_goes_on_within_its_seeds(case, done, tmp_path, monkeypatch):
+    found = done[0]["diffchaser"][0]
+    chase, calls = diffchaser._chase, []
+
+    def ends(*given):
+        calls.append(given[-1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        chase(*given)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(diffchaser, "_chase", ends)
+        study.run_cell(case, TINY, "diffchaser", 0, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            diffchaser, "_chase", lambda *given: (calls.append(given[-1]), chase(*given))
+        )
+        again = study.run_cell(case, TINY, "diffchaser", 0, tmp_path)
+    assert calls[1] == calls[2] and len(calls) == len(set(calls)) + 1
+    assert_same_search(again, found)
+    # A result that was saved whole by earlier code, which did not name its seeds.
+    again.settings.pop("seeds")
+    again.save(tmp_path / "diffchaser_0.npz")
+    assert_same_search(study.run_cell(case, TINY, "diffchaser", 0, tmp_path), found)
 
 
 def test_figures(case, done, tmp_path):

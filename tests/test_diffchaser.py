@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import difftest
-from difftest import ModelPair
+from difftest import ModelPair, diffchaser
 from difftest.diffchaser import crossover, diffchase, k_uncertainty, tournament
 from difftest.result import distance
-from tests.pairs import KEY, linear_pair, seeds
+from tests.pairs import KEY, as_black_box, assert_same_search, linear_pair, seeds
 
 PAIR = linear_pair(apart=0.15)
 SEEDS = seeds(8)
@@ -183,6 +183,99 @@ def test_a_seed_that_already_disagrees_is_set_apart():
 
 def test_no_seeds_give_no_rows():
     assert len(diffchase(PAIR, SEEDS[:0], KEY).status) == 0
+
+
+def interrupted(after):
+    """The pair, whose original ends the run when so many seeds have been searched."""
+    pools = []
+
+    def original(images):
+        # The first generation of a seed alone is as large.
+        pools.extend([1] * (len(images) == SMALL["pool_size"]))
+        if len(pools) > after:
+            raise KeyboardInterrupt
+        return PAIR.original(images)
+
+    return ModelPair(original, as_black_box(PAIR).compressed)
+
+
+def test_a_run_that_was_ended_goes_on_with_every_finished_seed(tmp_path):
+    path = tmp_path / "chase.npz"
+    whole = diffchase(PAIR, SEEDS, KEY, **SMALL)
+    done = (whole.status == "disagrees").sum()
+    for after in (2, 0, 3):
+        with pytest.raises(KeyboardInterrupt):
+            diffchase(interrupted(after), SEEDS, KEY, checkpoint=path, **SMALL)
+        part = difftest.SearchResult.load(path)
+        finished = part.status != "waiting"
+        assert finished.sum() == done + after < len(SEEDS)
+        done = finished.sum()
+        assert (part.status[finished] == whole.status[finished]).all()
+        assert (part.triggers[finished] == whole.triggers[finished]).all()
+    resumed = diffchase(PAIR, SEEDS, KEY, checkpoint=path, **SMALL)
+    assert_same_search(resumed, whole)
+    assert (resumed.l2 == whole.l2).all() and (resumed.keeps_label == whole.keeps_label).all()
+    assert (resumed.seconds[finished] == part.seconds[finished]).all()
+    assert_same_search(difftest.SearchResult.load(path), whole)
+
+
+def test_a_seed_is_kept_before_the_next_begins(tmp_path, monkeypatch):
+    path, chase = tmp_path / "chase.npz", diffchaser._chase
+    kept = []
+
+    def look(pair, seeds, key, rows, place):
+        kept.append(path.exists() and (difftest.SearchResult.load(path).status != "waiting").sum())
+        assert kept[-1] == (rows.status != "waiting").sum() or not path.exists()
+        chase(pair, seeds, key, rows, place)
+
+    monkeypatch.setattr(diffchaser, "_chase", look)
+    diffchase(PAIR, SEEDS, KEY, checkpoint=path, **SMALL)
+    assert len(kept) >= 4 and kept[1:] == sorted(set(kept[1:]))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "chase.npz"
+    diffchase(PAIR, SEEDS, KEY, checkpoint=path, **SMALL)
+    for seeds_, key, options, words in (
+        (SEEDS, KEY, {**SMALL, "max_queries": 9}, "its max_queries is 200, here it is 9"),
+        (SEEDS, KEY, {**SMALL, "pool_size": 9}, "its pool_size is 20, here it is 9"),
+        (SEEDS, jax.random.key(8), SMALL, "its key is"),
+        (SEEDS[:3], KEY, SMALL, "its seeds is"),
+    ):
+        with pytest.raises(ValueError, match=f"of another search: {words}"):
+            diffchase(PAIR, seeds_, key, checkpoint=path, **options)
+    with pytest.raises(ValueError, match="its variant is diffchaser, here it is released"):
+        difftest.search(PAIR, SEEDS, KEY, checkpoint=path)
+    with pytest.raises(ValueError, match="is of another pair"):
+        diffchase(ModelPair(PAIR.original, linear_pair(0.3).compressed), SEEDS, KEY,
+                  checkpoint=path, **SMALL)  # fmt: skip
+
+
+def test_no_seeds_clock_contains_compiling(monkeypatch):
+    traced, grown, chase, mutants = [], [], diffchaser._chase, diffchaser._mutants
+
+    def apply(params, x):
+        traced.append(x.shape)
+        return x.reshape(len(x), -1) @ params
+
+    def noted(*given):
+        traced.append("a pool")
+        return mutants(*given)
+
+    def timed(*given):
+        before = len(traced)
+        chase(*given)
+        grown.append(len(traced) - before)
+
+    monkeypatch.setattr(diffchaser, "_mutants", noted)
+    monkeypatch.setattr(diffchaser, "_chase", timed)
+    model = difftest.jax_model(apply, jnp.asarray(PAIR.original.params["kernel"]))
+    # No other test has these sizes: 41, then 33 and 33, then 3.
+    options = {"pool_size": 41, "max_queries": 110}
+    result = diffchase(ModelPair(model, model), SEEDS[:2], KEY, **options)
+    assert result.queries.tolist() == [110, 110]
+    assert grown == [0, 0] and traced.count("a pool") == 2
+    assert {shape[0] for shape in traced if shape != "a pool"} == {2, 64, 4}
 
 
 @pytest.mark.parametrize(
