@@ -140,7 +140,7 @@ def run(
         if len(new):
             _report(rows, seeds, waiting, begun, state.rows, status, new, accepted_by)
             reported[new] = True
-            save()
+        save(bool(len(new)))
         if not bool(_have_room(state, len(waiting))):
             walks = state.walks._replace(store=fitness.grown(state.walks.store))
             state = state._replace(walks=walks)
@@ -193,12 +193,12 @@ def _report(
     rows.status[places[status[new] == _SPENT]] = "budget"
     found = new[status[new] == _FOUND]
     outputs = (np.asarray(done.original)[found], np.asarray(done.compressed)[found])
-    finish(rows, seeds, waiting[found], np.asarray(done.triggers)[found], outputs)
     for row in found:
         rows.chains[waiting[row]] = tuple(accepted_by[row])
+    finish(rows, seeds, waiting[found], np.asarray(done.triggers)[found], outputs)
     for place in waiting[new[status[new] == _FAILED]]:
-        rows.status[place] = "error"
         rows.errors[place] = "a model gave NaN or infinity for an image"
+        rows.status[place] = "error"
 
 
 @partial(jax.jit, static_argnums=(0, 3))

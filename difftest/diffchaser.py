@@ -241,22 +241,22 @@ def _chase(
         if len(over):
             first = int(over[0])
             rows.queries[place] += first + 1
+            rows.seconds[place] = time.perf_counter() - started
             if failed[first]:
-                rows.status[place], rows.errors[place] = "error", errors[first]
+                rows.errors[place], rows.status[place] = errors[first], "error"
             else:
                 rows.chains[place] = (("generation", generation, first),)
                 some = slice(first, first + 1)
                 outputs = original[some], compressed[some]
                 finish(rows, seeds, np.array([place]), asked[some], outputs)
-            break
+            return
         rows.queries[place] += len(asked)
-        spent = time.perf_counter() - started >= timeout
-        if spent or rows.queries[place] >= max_queries:
+        rows.seconds[place] = time.perf_counter() - started
+        if rows.seconds[place] >= timeout or rows.queries[place] >= max_queries:
             rows.status[place] = "budget"
-            break
+            return
         generation += 1
         pool = _bred(given, key, generation, seed, pool, original, compressed, allowed)
-    rows.seconds[place] = time.perf_counter() - started
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

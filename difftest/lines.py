@@ -66,7 +66,7 @@ def run(
         max_queries: a seed.
         timeout: seconds of a seed's share.
         batch_size: seeds at a time.
-        save: called without arguments whenever rows were finished.
+        save: called after every step with whether it finished rows.
     """
     classes = answers.shape[2]
     waiting = np.flatnonzero(rows.status == "waiting").tolist()
@@ -101,20 +101,22 @@ def run(
         if rules.keep_label:
             found &= original.argmax(axis=1) == labels
         found &= ~failed
+        for place in places[found].tolist():
+            rows.chains[place] = (("line", active[place].target, asked[place][1]),)
         finish(rows, seeds, places[found], images[found], (original[found], compressed[found]))
+        before = len(active)
         for slot, place in enumerate(places.tolist()):
             line, (_, far) = active[place], asked[place]
-            if found[slot]:
-                rows.chains[place] = (("line", line.target, far),)
-            elif failed[slot]:
-                rows.status[place], rows.errors[place] = "error", errors[slot]
-            elif rows.queries[place] >= max_queries or rows.seconds[place] >= timeout:
+            spent = rows.queries[place] >= max_queries or rows.seconds[place] >= timeout
+            if failed[slot]:
+                rows.errors[place], rows.status[place] = errors[slot], "error"
+            elif not found[slot] and spent:
                 rows.status[place] = "budget"
-            else:
+            elif not found[slot]:
                 _narrow(line, far, [original[slot], compressed[slot]], rows.seed_labels[place])
                 continue
             del active[place]
-        save()
+        save(len(active) < before)
 
 
 def at(seed: np.ndarray, target: np.ndarray, far: float) -> np.ndarray:

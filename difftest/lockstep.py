@@ -59,7 +59,7 @@ def run(
         max_queries: a seed.
         timeout: seconds of a seed's share.
         batch_size: seeds at a time.
-        save: called without arguments whenever rows were finished.
+        save: called after every step with whether it finished rows.
     """
     classes = rows.outputs_original.shape[1]
     places = np.zeros(0, np.int64)
@@ -108,21 +108,20 @@ def run(
         rows.seconds[at_work] += shares(took, failed)
         spent = (rows.queries[at_work] >= max_queries) | (rows.seconds[at_work] >= timeout)
         over = np.flatnonzero(found | failed | spent)
-        if not len(over):
-            continue
-        outputs = (original[found], compressed[found])
-        finish(rows, seeds, at_work[found], asked[found], outputs)
         for slot in over:
             place = int(at_work[slot])
             chain = chains.pop(place)
             if found[slot]:
                 rows.chains[place] = tuple(chain)
             elif failed[slot]:
-                rows.status[place], rows.errors[place] = "error", errors[slot]
+                rows.errors[place], rows.status[place] = errors[slot], "error"
             else:
                 rows.status[place] = "budget"
+        if found.any():
+            outputs = (original[found], compressed[found])
+            finish(rows, seeds, at_work[found], asked[found], outputs)
         places[active[over]] = -1
-        save()
+        save(bool(len(over)))
 
 
 def _filled(

@@ -43,6 +43,9 @@ class SearchResult:
         l2: float32 ``[N]``, distance of the trigger from its seed on the 0-1 scale.
         variant: the name of the search.
         settings: what else it was asked for, with the data of its key; ``replay`` reads it.
+
+    A row's status is written last: whatever interrupts a search, a row that no longer waits is
+    whole.
     """
 
     status: np.ndarray
@@ -151,14 +154,14 @@ def finish(
     """Fills in what follows from the triggers found for the seeds at ``places``, int ``[n]``.
 
     Args:
-        rows: filled in place.
+        rows: filled in place; queries, seconds and chains are there already.
         seeds: uint8 ``[N, H, W, C]``.
         places: which seeds.
         triggers: uint8 ``[n, H, W, C]``.
         outputs: probabilities ``[n, K]`` of the two models at the triggers.
     """
-    rows.status[places] = "found"
     rows.triggers[places] = triggers
     rows.outputs_original[places], rows.outputs_compressed[places] = outputs
     rows.keeps_label[places] = outputs[0].argmax(axis=1) == rows.seed_labels[places]
     rows.l2[places] = distance(triggers, seeds[places])
+    rows.status[places] = "found"

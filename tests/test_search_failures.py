@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import difftest
-from difftest import clock, device, lockstep
+from difftest import clock, device, diffchaser, keeping, lockstep
 from difftest.backends.process import ProcessModel
+from difftest.result import distance
 from tests.pairs import KEY, as_black_box, assert_same_search, linear_pair, seeds
 
 PAIR = linear_pair(apart=0.15)
@@ -165,6 +166,60 @@ def test_a_search_that_was_ended_goes_on(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a saved search result"):
         difftest.search(pair, SEEDS, KEY, checkpoint=path, **options)
+
+
+@pytest.mark.parametrize("kind", ["device", "host", "best", "diffchaser"])
+def test_a_row_that_is_cut_short_waits(tmp_path, monkeypatch, kind):
+    path, run = tmp_path / "search.npz", difftest.search
+    options = {"max_queries": 60, "batch_size": 4}
+    if kind == "diffchaser":
+        run, options = diffchaser.diffchase, {"max_queries": 60, "pool_size": 20}
+    elif kind == "best":
+        options["variant"] = "best"
+    pair = as_black_box(PAIR) if kind == "host" else PAIR
+    whole = run(pair, SEEDS[:12], KEY, **options)
+    calls = []
+
+    def ends(images, others):
+        calls.append(len(images))
+        # The device reports many rows at once.
+        if sum(calls) > (0 if kind == "device" else 3):
+            raise KeyboardInterrupt
+        return distance(images, others)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("difftest.result.distance", ends)
+        run(pair, SEEDS[:12], KEY, checkpoint=path, **options)
+    part = difftest.SearchResult.load(path)
+    assert (part.status == "waiting").any()
+    for place in np.flatnonzero(part.status != "waiting"):
+        assert part.status[place] == whole.status[place]
+        assert (part.triggers[place] == whole.triggers[place]).all()
+        assert part.chains[place] == whole.chains[place]
+        assert part.queries[place] == whole.queries[place]
+    assert_same_search(run(pair, SEEDS[:12], KEY, checkpoint=path, **options), whole)
+
+
+class Written:
+    """Rows that note when they are written, by a clock that this takes a second of."""
+
+    def __init__(self):
+        self.now, self.at = 0.0, []
+
+    def save(self, path):
+        self.at.append(self.now)
+        self.now += 1
+
+
+def test_what_was_not_written_at_once_is_written_in_time(monkeypatch):
+    rows = Written()
+    monkeypatch.setattr(keeping.time, "perf_counter", lambda: rows.now)
+    with keeping.Keeping("nowhere.npz", rows, lambda _: True) as keep:
+        for finished in (True, True, False, False, False, False):
+            keep(finished)
+            rows.now += 9
+    # The second row had to wait for 20 seconds to be over, and then for nothing else.
+    assert rows.at == [0, 28, 56]
 
 
 @pytest.mark.parametrize(
