@@ -25,6 +25,14 @@ import numpy as np
 from difftest import mutate
 from difftest.ask import ask
 from difftest.keeping import Keeping
+from difftest.options import (
+    real,
+    require_max_l2,
+    require_one_of,
+    require_timeout,
+    require_whole,
+    said,
+)
 from difftest.pair import JaxModel, ModelPair
 from difftest.replay import same_answers
 from difftest.result import SearchResult, finish
@@ -111,7 +119,17 @@ def diffchase(
         ValueError: seeds or an option are not accepted, or the checkpoint is another search's.
         ModelError: the models fail on every seed.
     """
-    _check(pool_size, crossover_ratio, k, tournament_size, table, max_queries, timeout, max_l2)
+    require_whole("pool_size", pool_size, 2)
+    require_whole("k", k, 2)
+    require_whole("tournament_size", tournament_size, 1)
+    require_whole("max_queries", max_queries, 1)
+    if not real(crossover_ratio) or not 0 < crossover_ratio <= 1:
+        raise ValueError(
+            f"crossover_ratio is {said(crossover_ratio)}; accepted are 0 (excluded) to 1"
+        )
+    require_one_of("table", table, mutate.TABLES)
+    require_timeout(timeout)
+    require_max_l2(max_l2)
     seeds, key = checked_seeds(seeds), checked_key(key)
     settings = {
         "pool_size": int(pool_size),
@@ -297,32 +315,3 @@ def _mutants(
     operators = jax.random.randint(key_operators, (count,), 0, len(mutate.NAMES))
     mutants = mutate.mutate_batch(table, operators, jax.random.split(key_each, count), images)
     return jax.vmap(partial(within, max_l2, seed))(mutants)
-
-
-def _check(
-    pool_size: int,
-    crossover_ratio: float,
-    k: int,
-    tournament_size: int,
-    table: str,
-    max_queries: int,
-    timeout: float,
-    max_l2: float | None,
-) -> None:
-    numbers = (
-        ("pool_size", pool_size, 2),
-        ("k", k, 2),
-        ("tournament_size", tournament_size, 1),
-        ("max_queries", max_queries, 1),
-    )
-    for name, value, least in numbers:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name} is {value!r}; accepted are whole numbers from {least}")
-    if not 0 < crossover_ratio <= 1:
-        raise ValueError(f"crossover_ratio is {crossover_ratio!r}; accepted are 0 (excluded) to 1")
-    if table not in mutate.TABLES:
-        raise ValueError(f"table is {table!r}; accepted are {', '.join(mutate.TABLES)}")
-    if not timeout > 0:
-        raise ValueError(f"timeout is {timeout!r}; accepted are seconds above 0")
-    if max_l2 is not None and not max_l2 > 0:
-        raise ValueError(f"max_l2 is {max_l2!r}; accepted are distances above 0, or None")

@@ -13,6 +13,7 @@ import numpy as np
 
 from difftest import device, lines, lockstep
 from difftest.keeping import Keeping
+from difftest.options import require_max_l2, require_one_of, require_timeout, require_whole
 from difftest.pair import ModelPair
 from difftest.replay import same_answers
 from difftest.result import SearchResult
@@ -67,7 +68,12 @@ def search(
         ValueError: seeds or an option are not accepted, or the checkpoint is another search's.
         ModelError: the models fail on every seed.
     """
-    _check(variant, selection, max_l2, max_queries, timeout, batch_size)
+    require_one_of("variant", variant, VARIANTS)
+    require_one_of("selection", selection, RULES, none=True)
+    require_whole("max_queries", max_queries, 1)
+    require_whole("batch_size", batch_size, 1)
+    require_timeout(timeout)
+    require_max_l2(max_l2)
     seeds, key = checked_seeds(seeds), checked_key(key)
     settings = {
         "novelty": bool(novelty),
@@ -103,24 +109,3 @@ def search(
         run = device.run if pair.on_device else lockstep.run
         run(pair, seeds, key, rules, rows, waiting, save=keep, **options)
     return rows
-
-
-def _check(
-    variant: str,
-    selection: str | None,
-    max_l2: float | None,
-    max_queries: int,
-    timeout: float,
-    batch_size: int,
-) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; accepted are {', '.join(VARIANTS)}")
-    if selection is not None and selection not in RULES:
-        raise ValueError(f"selection is {selection!r}; accepted are {', '.join(RULES)} or None")
-    for name, value in (("max_queries", max_queries), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} is {value!r}; accepted are whole numbers from 1")
-    if not timeout > 0:
-        raise ValueError(f"timeout is {timeout!r}; accepted are seconds above 0")
-    if max_l2 is not None and not max_l2 > 0:
-        raise ValueError(f"max_l2 is {max_l2!r}; accepted are distances above 0, or None")

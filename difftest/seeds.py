@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from difftest.ask import ask
+from difftest.options import said
 from difftest.pair import ModelError, ModelPair
 from difftest.result import SearchResult, empty
 
@@ -28,17 +30,21 @@ def checked_seeds(seeds: Any) -> np.ndarray:
     return np.asarray(seeds)
 
 
-def checked_key(key: jax.Array) -> jax.Array:
+def checked_key(key: Any) -> jax.Array:
     """The key as a typed one, of the generator that ``replay`` knows.
 
     Raises:
-        ValueError: of another generator.
+        ValueError: no key, several keys, or of another generator.
     """
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-    key = key if typed else jax.random.wrap_key_data(key, impl=IMPL)
-    if str(jax.random.key_impl(key)) != IMPL:
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if typed and str(jax.random.key_impl(key)) != IMPL:
         raise ValueError(f"key is of the generator {jax.random.key_impl(key)}; accepted is {IMPL}")
-    return key
+    # One key: typed, or the two numbers that jax.random.PRNGKey gives.
+    if not (typed and shape == ()) and not (dtype == np.uint32 and shape == (2,)):
+        given = said(key) if shape is None else f"{dtype} {tuple(shape)}"
+        raise ValueError(f"key is {given}; accepted is one key, such as jax.random.key(0)")
+    return key if typed else jax.random.wrap_key_data(jnp.asarray(key), impl=IMPL)
 
 
 def labelled(

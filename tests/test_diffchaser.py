@@ -287,6 +287,8 @@ def test_no_seeds_clock_contains_compiling(monkeypatch):
         ({"crossover_ratio": 0}, "crossover_ratio is 0"),
         ({"tournament_size": 0}, "tournament_size is 0"),
         ({"table": "other"}, "table is 'other'; accepted are released, clean"),
+        ({"table": ["x"]}, r"table is \['x'\]; accepted are released, clean"),
+        ({"crossover_ratio": "x"}, "crossover_ratio is 'x'"),
         ({"max_queries": 0}, "max_queries is 0"),
         ({"timeout": 0}, "timeout is 0"),
         ({"max_l2": 0}, "max_l2 is 0"),

@@ -226,16 +226,23 @@ def test_what_was_not_written_at_once_is_written_in_time(monkeypatch):
     "options, message",
     [
         ({"variant": "fast"}, "variant is 'fast'; accepted are paper, released, best"),
+        ({"variant": ["x"]}, r"variant is \['x'\]; accepted are paper, released, best"),
+        ({"variant": None}, "variant is None; accepted are paper, released, best$"),
         ({"selection": "greedy"}, "selection is 'greedy'"),
+        ({"selection": ["x"]}, r"selection is \['x'\]; accepted are .* or None"),
         ({"max_queries": 0}, "max_queries is 0"),
+        ({"max_queries": True}, "max_queries is True; accepted are whole numbers from 1"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
         ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": "long"}, "timeout is 'long'; accepted are seconds above 0"),
         ({"max_l2": -1}, "max_l2 is -1"),
+        ({"max_l2": [[1, 2]] * 90}, "max_l2 is .*; accepted are distances above 0, or None"),
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as told:
         difftest.search(PAIR, SEEDS, KEY, **options)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 150
 
 
 @pytest.mark.parametrize("bad", [SEEDS[0], SEEDS / 255, [1, 2], SEEDS[:, :4]])
@@ -255,6 +262,30 @@ def test_seeds_may_be_jax_arrays():
 def test_keys_of_another_generator_are_refused():
     with pytest.raises(ValueError, match="key is of the generator rbg; accepted is threefry2x32"):
         difftest.search(PAIR, SEEDS, jax.random.key(0, impl="rbg"))
+
+
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        (0, "key is 0;"),
+        (None, "key is None;"),
+        (np.int64(3), r"key is int64 \(\);"),
+        (np.zeros(4, np.uint32), r"key is uint32 \(4,\);"),
+        (jax.random.split(KEY), r"key is key<fry> \(2,\);"),
+    ],
+)
+@pytest.mark.parametrize("run", [difftest.search, diffchaser.diffchase])
+def test_what_is_no_key_is_refused(run, key, words):
+    with pytest.raises(ValueError, match=words + r" accepted is one key, such as jax.random.key"):
+        run(PAIR, SEEDS, key)
+
+
+def test_a_key_of_two_numbers_is_the_same_key():
+    options = {"variant": "best", "max_queries": 30}
+    assert_same_search(
+        difftest.search(PAIR, SEEDS, np.asarray(jax.random.key_data(KEY)), **options),
+        difftest.search(PAIR, SEEDS, KEY, **options),
+    )
 
 
 def test_wrong_input_shape_is_the_models_error():
