@@ -203,13 +203,13 @@ def searches(case: Case, schedule: Schedule, folder: Path) -> dict[str, list[Spe
             ("DiffChaser", genetic.diffchase, Sentences(*(each[:few] for each in one))),
         ):
             path = folder / f"{name.lower()}_{seed}.npz"
-            if not path.is_file():
+            if not path.is_file() or "waiting" in SpeechResult.load(path).status:
                 # What compiles is not the searches' time: every size that a batch shrinks to.
                 for size in (1, 2, 4, 8, 16, 32):
                     rows = np.resize(np.arange(len(one.audio)), size)
                     search.ask(case.pair, one.audio[rows], one.lengths[rows])
                 run(case.pair, some.audio, some.lengths, key, max_queries=1)
-                run(case.pair, some.audio, some.lengths, key, **limits).save(path)
+                run(case.pair, some.audio, some.lengths, key, checkpoint=path, **limits)
             result = SpeechResult.load(path)
             _confirm(case.pair, some, key, result, path)
             found[name].append(result)

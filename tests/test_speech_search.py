@@ -1,5 +1,7 @@
 """The searches of audio on a pair whose words are its loudness and length."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +184,97 @@ def test_only_unfinished_sentences_are_asked(seeds):
     waiting = found.queries[found.queries > 0]
     assert sizes[0] == 5
     assert sizes[1:] == [int((waiting > step).sum()) for step in range(waiting.max())]
+
+
+def assert_same(one, other):
+    assert one.status.tolist() == other.status.tolist()
+    assert one.queries.tolist() == other.queries.tolist()
+    assert one.chains == other.chains and one.errors == other.errors
+    for name in ("audio", "lengths", "heard"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+RUNS = {
+    "search": (search.search, {"max_queries": 150, "batch_size": 2}),
+    "genetic": (genetic.diffchase, {"max_queries": 60, "pool_size": 8}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_search_that_was_ended_goes_on(seeds, tmp_path, name):
+    run, options = RUNS[name]
+    path, whole, calls = tmp_path / "found.npz", run(PAIR, *seeds, KEY, **options), []
+
+    def counted_calls(audio, lengths):
+        calls.append(len(audio))
+        return PAIR.original(audio, lengths)
+
+    counting = PAIR._replace(original=counted_calls)
+    run(counting, *seeds, KEY, **options)
+    number = len(calls)
+
+    def ends(audio, lengths):
+        if len(calls) == 2 * number // 3:
+            raise KeyboardInterrupt
+        return counted_calls(audio, lengths)
+
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(PAIR._replace(original=ends), *seeds, KEY, checkpoint=path, **options)
+    part = SpeechResult.load(path)
+    finished = part.status != "waiting"
+    assert 1 <= finished.sum() < 5 and (part.status == "found").any()
+    for array in ("status", "queries", "audio", "lengths"):
+        np.testing.assert_array_equal(
+            getattr(part, array)[finished], getattr(whole, array)[finished]
+        )
+    calls.clear()
+    resumed = run(counting, *seeds, KEY, checkpoint=path, **options)
+    assert len(calls) < number
+    assert_same(resumed, whole)
+    assert (resumed.seconds[finished] == part.seconds[finished]).all()
+    assert_same(SpeechResult.load(path), whole)
+    for given, others, words in (
+        (seeds, {"max_queries": 9}, f"its max_queries is {options['max_queries']}, here it is 9"),
+        ((seeds[0][:3], seeds[1][:3]), {}, "its sentences is"),
+    ):
+        with pytest.raises(ValueError, match=f"of another search: {words}"):
+            run(PAIR, *given, KEY, checkpoint=path, **{**options, **others})
+    with pytest.raises(ValueError, match="is of another pair"):
+        other = PAIR._replace(compressed=listener(-2.2))
+        run(other, *seeds, KEY, checkpoint=path, **options)
+
+
+def test_a_sentence_that_is_cut_short_waits(seeds, tmp_path, monkeypatch):
+    path, whole = tmp_path / "found.npz", search.search(PAIR, *seeds, KEY, max_queries=150)
+    last = int(whole.queries.max())
+    judged, calls = search._judged, []
+
+    def ends(*given):
+        calls.append(1)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return judged(*given)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(search, "_judged", ends)
+        search.search(PAIR, *seeds, KEY, max_queries=150, checkpoint=path)
+    part = SpeechResult.load(path)
+    assert (part.status == "waiting").sum() == (whole.queries == last).sum()
+    assert_same(search.search(PAIR, *seeds, KEY, max_queries=150, checkpoint=path), whole)
+
+
+def test_files_of_earlier_versions_are_read(found, tmp_path):
+    path = tmp_path / "found.npz"
+    found.save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    words = json.loads(str(arrays.pop("words")))
+    del words["variant"], words["settings"]
+    np.savez(path, words=np.array(json.dumps(words)), **arrays)
+    assert_same(SpeechResult.load(path), found)
+    with pytest.raises(ValueError, match="its variant is , here it is released"):
+        search.search(PAIR, found.audio, found.lengths, KEY, checkpoint=path)
 
 
 def test_results_are_saved_whole(found, tmp_path):

@@ -1,5 +1,7 @@
 """The study of speech to text, at its smallest."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -66,6 +68,22 @@ def test_a_finished_search_is_read_again_and_confirmed(case, folder, monkeypatch
     same = case.pair._replace(compressed=case.pair.original)
     with pytest.raises(ValueError, match="3 of 3 triggers are not confirmed"):
         study._confirm(same, case.seeds[0], jax.random.key(0), fake, folder / "x.npz")
+
+
+def test_a_search_that_was_ended_goes_on(case, folder, tmp_path):
+    found = study.searches(case, TINY, folder)
+    shutil.copytree(folder, tmp_path / "again")
+    for name in ("DFlare", "DiffChaser"):
+        path = tmp_path / "again" / f"{name.lower()}_0.npz"
+        part = study.SpeechResult.load(path)
+        part.status[0] = "waiting"
+        part.save(path)
+    again = study.searches(case, TINY, tmp_path / "again")
+    for name, (whole,) in found.items():
+        assert again[name][0].status.tolist() == whole.status.tolist()
+        assert again[name][0].queries.tolist() == whole.queries.tolist()
+        np.testing.assert_array_equal(again[name][0].audio, whole.audio)
+        assert (again[name][0].seconds[1:] == whole.seconds[1:]).all()
 
 
 def test_rows_are_of_what_was_found(case, folder):

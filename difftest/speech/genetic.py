@@ -6,6 +6,7 @@ least lead, over both models and all outputs of a sentence, of the most likely s
 (k = 2). The pool's size is ours.
 """
 
+import os
 import time
 from functools import partial
 
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difftest.keeping import Keeping
+from difftest.seeds import checked_key
 from difftest.speech import mutations, transcripts
 from difftest.speech.recogniser import SpeechPair
 from difftest.speech.result import SpeechResult
-from difftest.speech.search import ask, check, opening, shape_of
+from difftest.speech.search import ask, check, opening, same_answers, shape_of
 
 
 def diffchase(
@@ -28,6 +31,7 @@ def diffchase(
     pool_size: int = 50,
     max_queries: int = 1_000,
     timeout: float = 180.0,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> SpeechResult:
     """Searches, from each sentence, audio of which the two models hear different words.
 
@@ -39,21 +43,33 @@ def diffchase(
         pool_size: sentences of a generation, at least 2.
         max_queries: of one sentence; queries count up to the first trigger, in order.
         timeout: seconds of one sentence.
+        checkpoint: a file; each sentence is kept there when it is finished, and a search that was
+            ended begins with those.
 
     Returns:
         As ``search``; chains are empty.
 
     Raises:
-        ValueError: sentences or an option are not accepted.
+        ValueError: sentences or an option are not accepted, or the checkpoint is another search's.
         ModelError: the models fail on every sentence.
     """
     check(audio, lengths, max_queries, timeout, pool_size)
     if pool_size < 2:
         raise ValueError(f"pool_size is {pool_size}; accepted is 2 or more")
-    rows, vectors = opening(pair, audio, lengths, pool_size)
-    for place in np.flatnonzero(rows.status == "budget"):
-        _chase(pair, jax.random.fold_in(key, int(place)), rows, int(place),
-               shape_of(rows, vectors), pool_size, max_queries, timeout)  # fmt: skip
+    key = checked_key(key)
+    settings = {
+        "pool_size": int(pool_size),
+        "max_queries": int(max_queries),
+        "timeout": float(timeout),
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+    }
+    rows, vectors = opening(pair, audio, lengths, pool_size, "diffchaser", settings)
+    with Keeping(checkpoint, rows, partial(same_answers, pair)) as keep:
+        for place in np.flatnonzero(rows.status == "waiting").tolist():
+            _chase(pair, jax.random.fold_in(key, place), rows, place,
+                   shape_of(rows, vectors), pool_size, max_queries, timeout)  # fmt: skip
+            # A sentence takes longer than any file.
+            keep.now()
     return rows
 
 
@@ -77,14 +93,15 @@ def _chase(
         first = np.flatnonzero(over)[:1]
         if len(first) and first[0] < left:
             rows.queries[place] += int(first[0]) + 1
+            rows.seconds[place] = time.perf_counter() - started
             if failed[first[0]]:
-                rows.status[place], rows.errors[place] = "error", answer.errors[first[0]]
-                break
-            rows.status[place] = "found"
+                rows.errors[place], rows.status[place] = answer.errors[first[0]], "error"
+                return
             rows.audio[place] = np.asarray(children[0])[first[0]]
             rows.lengths[place] = int(children[1][first[0]])
             rows.heard[:, place] = answer.words[:, first[0]]
-            break
+            rows.status[place] = "found"
+            return
         rows.queries[place] += min(pool_size, left)
         # Copies of the seed are no competitors.
         known = margins if generation else np.full(pool_size, np.inf)
@@ -94,6 +111,7 @@ def _chase(
         margins = everyone[np.asarray(best)]
         generation += 1
     rows.seconds[place] = time.perf_counter() - started
+    rows.status[place] = "budget"
 
 
 @jax.jit

@@ -2,8 +2,9 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,9 @@ class SpeechResult:
 
     Attributes:
         status: ``[N]`` strings: "found"; "disagrees", the models already disagreed, which enters no
-            average; "budget", queries or time were spent; "error", a model failed.
+            average; "budget", queries or time were spent; "error", a model failed; "waiting", in
+            the checkpoint of a search that is not over. Written last: a row that no longer waits is
+            whole.
         queries: int32 ``[N]``, sentences through both models; the trigger counts, the seed does
             not.
         seconds: float64 ``[N]``, the share of the time of the batches it was in.
@@ -27,6 +30,8 @@ class SpeechResult:
         heard: int32 ``[2, N, T]``, the models' transcripts of it, filled up with -1.
         chains: one tuple a sentence of the steps that make the trigger: operator, query.
         errors: one line a sentence, or None.
+        variant: the name of the search.
+        settings: what else it was asked for, with the data of its key.
     """
 
     status: np.ndarray
@@ -37,18 +42,40 @@ class SpeechResult:
     heard: np.ndarray
     chains: list[tuple[tuple[str, int], ...]]
     errors: list[str | None]
+    variant: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def success(self) -> np.ndarray:
         """Bool ``[N]``: a trigger was found."""
         return self.status == "found"
 
+    def take(self, other: "SpeechResult", places: np.ndarray) -> None:
+        """Copies the rows at some places, int ``[n]``, from another search of the sentences."""
+        for name in _ARRAYS:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "heard":
+                mine[:, places] = theirs[:, places]
+            else:
+                mine[places] = theirs[places]
+        for place in places.tolist():
+            self.chains[place], self.errors[place] = other.chains[place], other.errors[place]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one ``.npz`` file, whole or not at all."""
-        words = json.dumps({"chains": self.chains, "errors": self.errors})
+        words = json.dumps(
+            {
+                "chains": self.chains,
+                "errors": self.errors,
+                "variant": self.variant,
+                "settings": self.settings,
+            }
+        )
         arrays = {name: getattr(self, name) for name in _ARRAYS}
+        # Of a search that is not over, a file is written often.
+        write = np.savez if "waiting" in self.status else np.savez_compressed
         with replacing(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, words=np.array(words), **arrays)
+            write(file, words=np.array(words), **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SpeechResult":
@@ -64,7 +91,9 @@ class SpeechResult:
             chains = [
                 tuple((str(name), int(query)) for name, query in chain) for chain in words["chains"]
             ]
-            return cls(chains=chains, errors=words["errors"], **arrays)
+            # Files of earlier versions say neither variant nor settings.
+            names = {name: words[name] for name in ("variant", "settings") if name in words}
+            return cls(chains=chains, errors=words["errors"], **names, **arrays)
         except Exception as error:  # NumPy raises many types for a damaged file.
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: not a saved search of audio ({reason})") from None
