@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,9 @@ TEXT = (
     "names no other, the paper's is VGG-16. Seconds are a seed's share of its batches. Means are "
     "over the seeds alone whose trigger still triggers when asked anew, so that seeds that spent "
     "their queries enter the success rate only; n counts those triggers, of success rates the "
-    "seeds searched."
+    "seeds searched. L2 is the distance of a trigger from its seed on the 0-1 scale; labels are "
+    "kept where the original model gives the trigger the label of its seed. DFlare's seconds do "
+    "not contain compiling, nor do DiffChaser's."
 )
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 CHANGE = 0.1
@@ -103,12 +105,16 @@ class Cost(NamedTuple):
       seconds: The same.
       found: Seeds whose trigger still triggers, asked anew.
       searched: Seeds on which the pair did not disagree before.
+      l2: Median distances of the triggers from their seeds, on the 0-1 scale.
+      kept: Shares in per cent of the triggers to which the original model gives the seed's label.
     """
 
     queries: list[float | None]
     seconds: list[float | None]
     found: list[int]
     searched: list[int]
+    l2: list[float | None]
+    kept: list[float | None]
 
 
 def changed(params: Any, share: float, key: jax.Array) -> Any:
@@ -168,7 +174,7 @@ def cost(
       chased: By DiffChaser.
       path: Beside it, what was found of each random seed is kept; None: nowhere.
     """
-    told = Cost([], [], [], [])
+    told = Cost([], [], [], [], [], [])
     for search in range(searches):
         seeds = images[np.random.default_rng(search).permutation(len(images))[:count]]
         key = jax.random.key(search)
@@ -176,8 +182,11 @@ def cost(
         run = diffchase if chased else difftest.search
         result = run(pair, seeds, key, max_queries=most, checkpoint=checkpoint)
         good = result.success & difftest.confirm(pair, result)
-        told.queries.append(float(result.queries[good].mean()) if good.any() else None)
-        told.seconds.append(float(result.seconds[good].mean()) if good.any() else None)
+        some = bool(good.any())
+        told.queries.append(float(result.queries[good].mean()) if some else None)
+        told.seconds.append(float(result.seconds[good].mean()) if some else None)
+        told.l2.append(float(np.median(result.l2[good])) if some else None)
+        told.kept.append(100 * float(result.keeps_label[good].mean()) if some else None)
         told.found.append(int(good.sum()))
         told.searched.append(int(result.searched.sum()))
     return told
@@ -205,6 +214,7 @@ def correlation(
     """
     count, searches = schedule.changed[name]
     claim(folder, {
+        "measures": list(Cost._fields),
         "images": digest(images), "count": [count, searches], "max_queries": schedule.max_queries,
         "answers": pairs.probe([model(images[:16])]),
     })  # fmt: skip
@@ -256,12 +266,16 @@ def layers(
     most = schedule.max_queries
     seeds = np.asarray(dataset.test_images)
     claim(folder, {
+        "measures": list(Cost._fields),
         "images": digest(seeds), "pruned": [count, searches], "share": schedule.share,
         "accuracy": schedule.accuracy, "max_queries": most,
         "answers": pairs.probe([original(seeds[:16])]),
     })  # fmt: skip
     # Beside that claim, not in it: DiffChaser's seeds may change, DFlare's results stay good.
-    limits = {"chased": schedule.chased, "chased_queries": schedule.chased_queries}
+    limits: dict[str, Any] = {
+        "chased": schedule.chased, "chased_queries": schedule.chased_queries
+    }  # fmt: skip
+    limits |= {"measures": list(Cost._fields)}
     claim(folder / "chased", {"images": digest(seeds), **limits})
     whole = kept(folder / "whole.json", lambda: accuracy(variables))
     found = []
@@ -311,12 +325,14 @@ def _cost_rows(row: str, one: Cost) -> list[dict[str, Any]]:
         ("success rate", "%", shares, searched, "the pair disagreed on every seed"),
         ("mean queries", "", one.queries, found, "no trigger was found"),
         ("mean seconds", "s", one.seconds, found, "no trigger was found"),
+        ("median L2", "", one.l2, found, "no trigger was found"),
+        ("labels kept", "%", one.kept, found, "no trigger was found"),
     ):
         there = [value for value in values if value is not None]
         made.append({
             "row": row, "metric": metric, "unit": unit, "n": n, "ours": mean(there),
             "spread": float(np.std(there, ddof=1)) if len(there) > 1 else None,
-            "note": "" if there else none,
+            "note": "" if there else none, "seeds": tuple(range(len(one.found))),
         })  # fmt: skip
     return made
 
@@ -341,6 +357,7 @@ def correlation_rows(name: str, found: dict[float, Cost]) -> list[dict[str, Any]
             made.append({
                 "row": TITLES[name], "metric": f"correlation of the share with mean {metric}",
                 "ours": told[0], "n": told[1], "published": getattr(PUBLISHED[name], metric),
+                "seeds": _searches(found.values()),
             })  # fmt: skip
     return made
 
@@ -350,13 +367,13 @@ def layer_rows(
 ) -> list[dict[str, Any]]:
     """Fields of the rows of 5.4.2."""
     made: list[dict[str, Any]] = [
-        {"row": network, "metric": "accuracy", "unit": "%", "ours": round(whole, 2)}
+        {"row": network, "metric": "accuracy", "unit": "%", "ours": round(whole, 2), "seeds": ()}
     ]
     for place, layer in enumerate(found, 1):
         row = f"{network}, convolution {place} of {len(found)} pruned"
         note = f"{schedule.share:.0%} of {layer.name}"
         made.append({"row": row, "metric": "accuracy", "unit": "%", "note": note,
-                     "ours": round(layer.accuracy, 2)})  # fmt: skip
+                     "ours": round(layer.accuracy, 2), "seeds": ()})  # fmt: skip
         for words, one in (("DFlare", layer.dflare), ("DiffChaser", layer.chased)):
             made += _cost_rows(f"{row}, {words}", one)
     told = _pearson(
@@ -365,9 +382,14 @@ def layer_rows(
     if told:
         made.append({
             "row": network, "metric": "correlation of accuracy with mean queries",
-            "ours": told[0], "n": told[1],
+            "ours": told[0], "n": told[1], "seeds": _searches(layer.dflare for layer in found),
         })  # fmt: skip
     return made
+
+
+def _searches(costs: Iterable[Cost]) -> tuple[int, ...]:
+    """The random seeds of searches."""
+    return tuple(range(max(len(one.found) for one in costs)))
 
 
 def save_correlation(found: dict[str, dict[float, Cost]], path: Path) -> None:

@@ -86,9 +86,9 @@ def test_both_parts_make_rows_and_pictures_and_go_on(tmp_path, monkeypatch):
 
 def test_seeds_without_a_trigger_enter_the_success_rate_alone():
     costs = {
-        0.1: study.Cost([None, None], [None, None], [0, 0], [5, 5]),
-        0.2: study.Cost([30.0, None], [0.2, None], [1, 0], [5, 5]),
-        0.3: study.Cost([10.0, 20.0], [0.1, 0.1], [5, 5], [5, 5]),
+        0.1: study.Cost([None, None], [None, None], [0, 0], [5, 5], [None, None], [None, None]),
+        0.2: study.Cost([30.0, None], [0.2, None], [1, 0], [5, 5], [6.0, None], [0.0, None]),
+        0.3: study.Cost([10.0, 20.0], [0.1, 0.1], [5, 5], [5, 5], [6.0, 8.0], [20.0, 40.0]),
     }
     rows = rows_of("dflare_dissemination", study.correlation_rows("lenet5", costs))
     made = {(row.row, row.metric): row for row in rows}
@@ -97,8 +97,11 @@ def test_seeds_without_a_trigger_enter_the_success_rate_alone():
     assert made["LeNet-5, 10% of the weights", "success rate"].ours == 0
     assert made["LeNet-5, 20% of the weights", "mean queries"].ours == 30
     assert made["LeNet-5, 20% of the weights", "success rate"].ours == 10
+    assert made["LeNet-5, 30% of the weights", "median L2"].ours == 7
+    assert made["LeNet-5, 30% of the weights", "labels kept"].ours == 30
+    assert made["LeNet-5, 30% of the weights", "labels kept"].seeds == (0, 1)
     correlation = made["LeNet-5", "correlation of the share with mean queries"]
-    assert (correlation.ours, correlation.n) == (-1, 2)
+    assert (correlation.ours, correlation.n, correlation.seeds) == (-1, 2, (0, 1))
 
 
 def test_costs_are_of_seeds_with_a_confirmed_trigger():
@@ -106,7 +109,7 @@ def test_costs_are_of_seeds_with_a_confirmed_trigger():
     model = difftest.jax_model(trained.model.apply, trained.variables)
     twins = difftest.ModelPair(model, model)
     found = study.cost(twins, digits.test_images, 4, 2, 3)
-    assert found == study.Cost([None, None], [None, None], [0, 0], [4, 4])
+    assert found == study.Cost([None] * 2, [None] * 2, [0, 0], [4, 4], [None] * 2, [None] * 2)
 
 
 @pytest.mark.parametrize("chased", [False, True])
