@@ -1,7 +1,8 @@
 """Inputs on which a compressed model deviates from its original (DFlare)."""
 
+from difftest.confirm import confirm
 from difftest.pair import JaxModel, ModelError, ModelPair, jax_model
-from difftest.replay import confirm, replay
+from difftest.replay import replay
 from difftest.result import SearchResult
 from difftest.search import search
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from difftest import mutate
 from difftest.ask import ask
+from difftest.confirm import same_answers
 from difftest.keeping import Keeping
 from difftest.options import (
     real,
@@ -33,10 +34,9 @@ from difftest.options import (
     require_whole,
     said,
 )
-from difftest.pair import JaxModel, ModelPair
-from difftest.replay import same_answers
+from difftest.pair import JaxModel, ModelError, ModelPair
 from difftest.result import SearchResult, finish
-from difftest.seeds import checked_key, checked_seeds, labelled
+from difftest.seeds import IMPL, checked_key, checked_seeds, labelled
 from difftest.walk import within
 from nnslicer_jax.checkpoint import digest
 
@@ -92,7 +92,7 @@ def diffchase(
 
     A query is one image through both models, counted in the order of the pool up to the first that
     triggers; the seed's own is not counted. The models see a pool, or the children of a generation,
-    as one batch. The same key finds the same, so that a search is repeated by calling again.
+    as one batch. The same key finds the same, which is how ``replay`` makes a trigger again.
 
     Args:
         pair: the models.
@@ -211,6 +211,41 @@ def _bred(
     return _Pool(known[kept], scores[kept], np.asarray(children))
 
 
+def again(pair: ModelPair, result: SearchResult, seeds: np.ndarray) -> np.ndarray:
+    """The triggers of a result, made again by the generations that led to them.
+
+    Args:
+        pair: the models, asked about all generations but the last.
+        result: of ``diffchase``.
+        seeds: uint8 ``[N, H, W, C]``, those of the search.
+
+    Returns:
+        uint8 ``[N, H, W, C]``: the triggers, the seed itself where there is none.
+
+    Raises:
+        ModelError: a model fails on a generation.
+    """
+    given, images = result.settings, seeds.copy()
+    key = jax.random.wrap_key_data(jnp.asarray(given["key"], jnp.uint32), impl=IMPL)
+    for place in np.flatnonzero(result.success).tolist():
+        own, seed = jax.random.fold_in(key, place), seeds[place]
+        ((_, last, which),) = result.chains[place]
+        pool = _begun(given, own, seed)
+        for generation in range(1, last + 1):
+            answers = ask(pair, pool.images, result.outputs_original.shape[1])
+            if broken := [error for error in answers[2] if error is not None]:
+                raise ModelError(broken[0])
+            allowed = _allowed(given, answers[0], result.seed_labels[place])
+            pool = _bred(given, own, generation, seed, pool, *answers[:2], allowed)
+        images[place] = pool.images[which]
+    return images
+
+
+def _allowed(given: dict[str, Any], original: np.ndarray, label: int) -> np.ndarray:
+    """Bool ``[B]``: the images with these answers may be triggers as far as the label goes."""
+    return (original.argmax(axis=1) == label) | (not given["keep_label"])
+
+
 def _compile(pair: ModelPair, rows: SearchResult, key: jax.Array, seed: np.ndarray) -> None:
     """Runs once what every seed runs, so that no seed's clock contains that it is compiled.
 
@@ -244,17 +279,16 @@ def _chase(
     given = rows.settings
     max_queries, timeout = given["max_queries"], given["timeout"]
     classes = rows.outputs_original.shape[1]
-    seed, label = seeds[place], rows.seed_labels[place]
+    seed = seeds[place]
     started = time.perf_counter()
     pool = _begun(given, key, seed)
     generation = 0
     while True:
         asked = pool.images[: max_queries - rows.queries[place]]
         original, compressed, errors = ask(pair, asked, classes)
-        labels = original.argmax(axis=1)
-        allowed = (labels == label) | (not given["keep_label"])
+        allowed = _allowed(given, original, rows.seed_labels[place])
         failed = np.array([error is not None for error in errors])
-        triggers = allowed & ~failed & (labels != compressed.argmax(axis=1))
+        triggers = allowed & ~failed & (original.argmax(axis=1) != compressed.argmax(axis=1))
         over = np.flatnonzero(triggers | failed)
         if len(over):
             first = int(over[0])

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from difftest import device, lines, lockstep
+from difftest.confirm import same_answers
 from difftest.keeping import Keeping
 from difftest.options import require_max_l2, require_one_of, require_timeout, require_whole
 from difftest.pair import ModelPair
-from difftest.replay import same_answers
 from difftest.result import SearchResult
 from difftest.seeds import checked_key, checked_seeds, labelled
 from difftest.select import RULES

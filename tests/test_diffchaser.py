@@ -174,6 +174,34 @@ def test_it_stays_within_its_limits(tmp_path):
     assert loaded.chains == result.chains and loaded.settings == result.settings
 
 
+@pytest.mark.parametrize("limits", [{}, {"keep_label": True, "max_l2": 1.0}])
+def test_triggers_are_made_again_from_their_file(tmp_path, limits):
+    pair = linear_pair(apart=0.05)
+    options = {"pool_size": 10, "max_queries": 150}
+    result = diffchase(pair, SEEDS, KEY, **options, **limits)
+    assert max(chain[0][1] for chain in result.chains if chain) > 2
+    result.save(tmp_path / "chase.npz")
+    loaded = difftest.SearchResult.load(tmp_path / "chase.npz")
+    made = difftest.replay(loaded, SEEDS, pair)
+    assert (made == result.triggers).all() and made.dtype == np.uint8
+    assert (difftest.confirm(pair, loaded) == result.success).all()
+
+
+def test_a_replay_says_what_it_lacks():
+    pair = linear_pair(apart=0.05)
+    result = diffchase(pair, SEEDS[:4], KEY, pool_size=10, max_queries=150)
+    with pytest.raises(ValueError, match="pair is None; accepted for a result of 'diffchaser'"):
+        difftest.replay(result, SEEDS[:4])
+    with pytest.raises(ValueError, match="seeds have shape .8, 8, 8, 1., the search's .4, 8"):
+        difftest.replay(result, SEEDS, pair)
+
+    def broken(images):
+        raise RuntimeError("gone")
+
+    with pytest.raises(difftest.ModelError, match="the original model failed: gone"):
+        difftest.replay(result, SEEDS[:4], ModelPair(broken, pair.compressed))
+
+
 def test_a_seed_that_already_disagrees_is_set_apart():
     scripted = Scripted(triggers=(0,))
     result = diffchase(scripted.pair(), SEEDS[:1], KEY, **SMALL)

@@ -10,6 +10,7 @@ import pytest
 from difftest.pair import ModelError
 from difftest.speech import genetic, mutations, search, transcripts
 from difftest.speech.recogniser import SpeechPair
+from difftest.speech.replay import replay
 from difftest.speech.result import SpeechResult
 
 SIZE = 1600
@@ -62,9 +63,9 @@ def test_triggers_trigger_and_replay(found, seeds):
     for place in np.flatnonzero(found.success):
         chain = found.chains[place]
         assert chain[-1][1] + 1 == found.queries[place]
-        audio, length = search.replay(seeds[0][place], int(seeds[1][place]), KEY, int(place), chain)
-        np.testing.assert_array_equal(audio, found.audio[place])
-        assert length == found.lengths[place]
+    audio, lengths = replay(found, *seeds)
+    np.testing.assert_array_equal(audio, found.audio)
+    np.testing.assert_array_equal(lengths, found.lengths)
 
 
 def test_a_sentence_does_not_depend_on_its_company(found, seeds):
@@ -137,6 +138,24 @@ def test_the_genetic_search_counts_up_to_its_trigger(seeds):
     twins = SpeechPair(PAIR.original, PAIR.original)
     none = genetic.diffchase(twins, *(one[:1] for one in seeds), KEY, pool_size=8, max_queries=20)
     assert none.queries[0] == 20 and none.status[0] == "budget"
+
+
+def test_genetic_triggers_are_made_again_from_their_file(seeds, tmp_path):
+    near = SpeechPair(PAIR.original, listener(-1.98))
+    result = genetic.diffchase(near, *seeds, KEY, pool_size=4, max_queries=100)
+    assert max(chain[0][1] for chain in result.chains if chain) > 2
+    result.save(tmp_path / "found.npz")
+    loaded = SpeechResult.load(tmp_path / "found.npz")
+    audio, lengths = replay(loaded, *seeds, near)
+    np.testing.assert_array_equal(audio, result.audio)
+    np.testing.assert_array_equal(lengths, result.lengths)
+    with pytest.raises(ValueError, match="pair is None; accepted for a result of 'diffchaser'"):
+        replay(loaded, *seeds)
+    with pytest.raises(ValueError, match="audio and lengths have shapes .2, 1600. and .2,., the"):
+        replay(loaded, *(one[:2] for one in seeds), near)
+    broken = near._replace(compressed=counted(PAIR.compressed, [], lambda one: True))
+    with pytest.raises(ModelError, match="the compressed model failed: no luck"):
+        replay(loaded, *seeds, broken)
 
 
 def counted(model, sizes, fails=lambda audio: False):
@@ -264,7 +283,7 @@ def test_a_sentence_that_is_cut_short_waits(seeds, tmp_path, monkeypatch):
     assert_same(search.search(PAIR, *seeds, KEY, max_queries=150, checkpoint=path), whole)
 
 
-def test_files_of_earlier_versions_are_read(found, tmp_path):
+def test_files_of_earlier_versions_are_read(found, seeds, tmp_path):
     path = tmp_path / "found.npz"
     found.save(path)
     with np.load(path) as file:
@@ -273,6 +292,10 @@ def test_files_of_earlier_versions_are_read(found, tmp_path):
     del words["variant"], words["settings"]
     np.savez(path, words=np.array(json.dumps(words)), **arrays)
     assert_same(SpeechResult.load(path), found)
+    old = SpeechResult.load(path)
+    with pytest.raises(ValueError, match="key is None, and the result names none"):
+        replay(old, *seeds)
+    np.testing.assert_array_equal(replay(old, *seeds, key=KEY)[0], found.audio)
     with pytest.raises(ValueError, match="its variant is , here it is released"):
         search.search(PAIR, found.audio, found.lengths, KEY, checkpoint=path)
 

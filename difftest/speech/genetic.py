@@ -9,12 +9,14 @@ least lead, over both models and all outputs of a sentence, of the most likely s
 import os
 import time
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from difftest.keeping import Keeping
+from difftest.pair import ModelError
 from difftest.seeds import checked_key
 from difftest.speech import mutations, transcripts
 from difftest.speech.recogniser import SpeechPair
@@ -47,7 +49,7 @@ def diffchase(
             ended begins with those.
 
     Returns:
-        As ``search``; chains are empty.
+        As ``search``. A chain holds one entry, the generation and the place of the trigger in it.
 
     Raises:
         ValueError: sentences or an option are not accepted, or the checkpoint is another search's.
@@ -73,19 +75,75 @@ def diffchase(
     return rows
 
 
+class _Pool(NamedTuple):
+    """The sentences that parents are drawn from: int16 ``[P, S]``, int32 and float ``[P]``."""
+
+    audio: jax.Array
+    lengths: jax.Array
+    margins: np.ndarray
+
+
+def _begun(audio: np.ndarray, length: int, size: int) -> _Pool:
+    return _Pool(
+        jnp.repeat(jnp.asarray(audio)[None], size, axis=0),
+        jnp.repeat(jnp.asarray(length, jnp.int32)[None], size),
+        # Copies of the seed are no competitors.
+        np.full(size, np.inf),
+    )
+
+
+def _best(pool: _Pool, children: tuple[jax.Array, jax.Array], margins: np.ndarray) -> _Pool:
+    """As many of the pool and its children as were in the pool, by the least margins."""
+    everyone = np.concatenate([pool.margins, margins])
+    best = np.argsort(everyone, kind="stable")[: len(pool.margins)]
+    audio, lengths = jax.tree.map(partial(_taken, jnp.asarray(best)), pool[:2], children)
+    return _Pool(audio, lengths, everyone[best])
+
+
+def again(
+    pair: SpeechPair, result: SpeechResult, audio: np.ndarray, lengths: np.ndarray, key: jax.Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """The triggers of a result, made again by the generations that led to them.
+
+    Args:
+        pair: the models, asked about all generations but the last.
+        result: of ``diffchase``.
+        audio: int16 ``[N, S]``, the sentences of the search.
+        lengths: int32 ``[N]``, theirs.
+        key: the search's.
+
+    Returns:
+        int16 ``[N, S]`` and int32 ``[N]``: the triggers, the sentence itself where there is none.
+
+    Raises:
+        ModelError: a model fails on a generation.
+    """
+    audio, lengths = audio.copy(), np.asarray(lengths, np.int32).copy()
+    for place in np.flatnonzero(result.success).tolist():
+        own = jax.random.fold_in(key, place)
+        ((_, last, which),) = result.chains[place]
+        pool = _begun(audio[place], lengths[place], result.settings["pool_size"])
+        for generation in range(last + 1):
+            children = _children(jax.random.fold_in(own, generation), pool.audio, pool.lengths)
+            if generation == last:
+                break
+            answer = ask(pair, *children)
+            if broken := [error for error in answer.errors if error is not None]:
+                raise ModelError(broken[0])
+            pool = _best(pool, children, answer.margin)
+        audio[place], lengths[place] = children[0][which], children[1][which]
+    return audio, lengths
+
+
 def _chase(
     pair: SpeechPair, key: jax.Array, rows: SpeechResult, place: int, shape: tuple[int, int],
     pool_size: int, max_queries: int, timeout: float,
 ) -> None:  # fmt: skip
     started = time.perf_counter()
-    pool = (
-        jnp.repeat(jnp.asarray(rows.audio[place])[None], pool_size, axis=0),
-        jnp.repeat(jnp.asarray(rows.lengths[place])[None], pool_size),
-    )
-    margins = np.zeros(pool_size)
+    pool = _begun(rows.audio[place], rows.lengths[place], pool_size)
     generation = 0
     while rows.queries[place] < max_queries and time.perf_counter() - started < timeout:
-        children = _children(jax.random.fold_in(key, generation), *pool)
+        children = _children(jax.random.fold_in(key, generation), pool.audio, pool.lengths)
         answer = ask(pair, children[0], children[1], shape)
         failed = np.array([error is not None for error in answer.errors])
         over = transcripts.disagree(*answer.words) | failed
@@ -100,15 +158,11 @@ def _chase(
             rows.audio[place] = np.asarray(children[0])[first[0]]
             rows.lengths[place] = int(children[1][first[0]])
             rows.heard[:, place] = answer.words[:, first[0]]
+            rows.chains[place] = (("generation", generation, int(first[0])),)
             rows.status[place] = "found"
             return
         rows.queries[place] += min(pool_size, left)
-        # Copies of the seed are no competitors.
-        known = margins if generation else np.full(pool_size, np.inf)
-        everyone = np.concatenate([known, answer.margin])
-        best = jnp.asarray(np.argsort(everyone, kind="stable")[:pool_size])
-        pool = jax.tree.map(partial(_taken, best), pool, children)
-        margins = everyone[np.asarray(best)]
+        pool = _best(pool, children, answer.margin)
         generation += 1
     rows.seconds[place] = time.perf_counter() - started
     rows.status[place] = "budget"

@@ -28,7 +28,7 @@ class SpeechResult:
         audio: int16 ``[N, S]``, the trigger, or the seed where none was found.
         lengths: int32 ``[N]``, samples.
         heard: int32 ``[2, N, T]``, the models' transcripts of it, filled up with -1.
-        chains: one tuple a sentence of the steps that make the trigger: operator, query.
+        chains: one tuple a sentence, what ``replay`` makes the trigger of again.
         errors: one line a sentence, or None.
         variant: the name of the search.
         settings: what else it was asked for, with the data of its key.
@@ -40,7 +40,7 @@ class SpeechResult:
     audio: np.ndarray
     lengths: np.ndarray
     heard: np.ndarray
-    chains: list[tuple[tuple[str, int], ...]]
+    chains: list[tuple[tuple, ...]]
     errors: list[str | None]
     variant: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +89,8 @@ class SpeechResult:
                 arrays = {name: file[name] for name in _ARRAYS}
                 words = json.loads(str(file["words"]))
             chains = [
-                tuple((str(name), int(query)) for name, query in chain) for chain in words["chains"]
+                tuple((str(name), *map(int, how)) for name, *how in chain)
+                for chain in words["chains"]
             ]
             # Files of earlier versions say neither variant nor settings.
             names = {name: words[name] for name in ("variant", "settings") if name in words}

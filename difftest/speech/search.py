@@ -366,29 +366,6 @@ def _judged(
     ), accepted
 
 
-def replay(
-    audio: np.ndarray, length: int, key: jax.Array, place: int, chain: tuple[tuple[str, int], ...]
-) -> tuple[np.ndarray, int]:
-    """Makes a trigger again from its sentence.
-
-    Args:
-        audio: int16 ``[S]``.
-        length: samples.
-        key: the search's.
-        place: the sentence's number among all.
-        chain: of the result.
-
-    Returns:
-        int16 ``[S]``, and its length.
-    """
-    own = jax.random.fold_in(key, place)
-    sound, size = jnp.asarray(audio)[None], jnp.asarray([length], jnp.int32)
-    for name, query in chain:
-        operator = jnp.asarray([mutations.NAMES.index(name)], jnp.int32)
-        sound, size = mutations.mutate_batch(operator, mutation_key(own, query)[None], sound, size)
-    return np.asarray(sound[0]), int(size[0])
-
-
 def confirm(pair: SpeechPair, result: SpeechResult, batch_size: int = 32) -> np.ndarray:
     """Asks the pair about the triggers anew: bool ``[N]``, whether each still is one."""
     good = result.success.copy()
