@@ -101,6 +101,9 @@ def test_published_figures_stand_beside_their_own_network_alone():
     assert study.published("vgg16", *args, "lwm", float(study.share(0.9))) == 48.8
     assert study.published("vgg16", *args, "hydra", float(study.share(0.99))) == 41.7
     assert study.published("wrn28_4", *args, "hydra", float(study.share(0.95))) == 54.2
+    assert study.published("wrn28_10", *args, "hydra", float(study.share(0.9))) == 62.24
+    for method, pruned in (("hydra", 0.99), ("lwm", 0.9), ("dense", 0)):
+        assert study.published("wrn28_10", *args, method, float(study.share(pruned))) is None
     for other in [
         ("cnn_small", *args, "lwm", 0.1), ("vgg16", *args, "harp", 0.1),
         ("vgg16", *args, "lwm", 0.2), ("vgg16", "cifar10", "trades", "benign", "lwm", 0.1),
