@@ -26,7 +26,6 @@ from experiments import record
 from experiments.provenance import ROOT, origin
 from nnslicer_jax import attacks, data
 from prune import evaluate
-from prune.objectives import Network
 
 TITLE = "AutoAttack beside torchattacks"
 TEXT = (
@@ -117,8 +116,7 @@ def prepare(name: str, count: int, data_dir: str | None) -> Case:
     note = f" ({found.note})" if found.note else ""
     return Case(
         name,
-        # As the studies attack: on a CPU, the module's own gradients take several times as long.
-        Network.of(trained.model, images.shape[1:]).predict,
+        trained.model.apply,
         trained.variables,
         images,
         np.asarray(found.test_labels[:count]).astype(np.int32),

@@ -17,7 +17,7 @@ from jax import lax
 from nnslicer_jax import operations
 from nnslicer_jax.first_order import quick
 from nnslicer_jax.fold import Rules, check_batch, check_names, forward, leaves, rerun, run
-from nnslicer_jax.graph import Graph, Neuron, Node, Value
+from nnslicer_jax.graph import Graph, Neuron, Node, UnsupportedError, Value, trace
 
 Arrays = tuple[jax.Array, ...]
 Edits = Mapping[str, Callable[[jax.Array], jax.Array]]  # neuron name -> edit of its activation
@@ -82,6 +82,48 @@ def logits(graph: Graph, params: Any, x: jax.Array) -> jax.Array:
     rules = Rules("evaluate", default=functools.partial(run_quick, graph))
     found = forward(graph, rules, [*leaves(graph, params), x])[graph.logits]
     return _batch(found, graph.values[graph.logits], len(x)).reshape(len(x), -1)
+
+
+def quickest(apply: Callable, params: Any, x: Any) -> Callable:
+    """A model in the quickest form for loops that follow its gradient.
+
+    On a CPU, the traced model with the operations of `first_order`; elsewhere, or if the model
+    cannot be traced or has backward rules of its own, `apply` itself. No forward mode.
+
+    Args:
+      apply: Pure function of the parameters and of a batch `[B, ...]`; hashable.
+      params: Its parameters.
+      x: A batch; only its first sample's shape and dtype matter.
+
+    Returns:
+      A function as `apply`; the same one for the same function and shapes, so that programs that
+      were compiled for it are found again.
+    """
+    if jax.default_backend() != "cpu":
+        return apply
+    found, structure = jax.tree.flatten(params)
+    shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in found)
+    return _quickest(apply, structure, shapes, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype))
+
+
+@functools.lru_cache(maxsize=32)
+def _quickest(apply: Callable, structure: Any, shapes: tuple, x: Any) -> Callable:
+    try:
+        graph = trace(apply, jax.tree.unflatten(structure, shapes), x)
+    except UnsupportedError:
+        return apply
+    # A model with rules of its own may be in its quickest form already, and not every rule can be
+    # traced twice.
+    if any(node.primitive.name.startswith("custom_vjp") for node in graph.nodes):
+        return apply
+    return functools.partial(_outputs, graph)
+
+
+def _outputs(graph: Graph, params: Any, x: jax.Array) -> Any:
+    rules = Rules("evaluate", default=functools.partial(run_quick, graph))
+    env = forward(graph, rules, [*leaves(graph, params), x])
+    outs = [_batch(env[i], graph.values[i], len(x)) for i in graph.outputs]
+    return jax.tree.unflatten(graph.out_tree, outs)
 
 
 class Evaluated(NamedTuple):

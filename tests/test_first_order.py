@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import nnslicer_jax as nns
-from nnslicer_jax.evaluation import evaluated, logits
+from nnslicer_jax.evaluation import evaluated, logits, quickest
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -132,3 +132,45 @@ def test_a_window_larger_than_the_image_sees_nothing():
     graph = nns.trace(apply, params, x[:1])
     found = jax.grad(lambda x: logits(graph, params, x).sum())(x)
     np.testing.assert_array_equal(found, np.ones_like(x))
+
+
+def convolved(params, x):
+    """A small network with what is quick: convolution and pooling."""
+    kernel, dense = params
+    y = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+    y = lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return {"logits": jax.nn.softmax(y.reshape(len(x), -1) @ dense)}
+
+
+def test_the_quickest_form_of_a_model_is_the_model():
+    params, x = (whole(3, 3, 2, 4), whole(36, 3) / 8), whole(5, 6, 6, 2, seed=3)
+    quick = quickest(convolved, params, x)
+    assert (quick is not convolved) == (jax.default_backend() == "cpu")
+    # The same function again, whatever the number of images and the values of the parameters.
+    assert quickest(convolved, jax.tree.map(jnp.zeros_like, params), x[:2]) is quick
+
+    def loss(apply, x):
+        return (apply(params, x)["logits"] * whole(5, 3, seed=4)).sum()
+
+    assert jax.tree.structure(quick(params, x)) == jax.tree.structure(convolved(params, x))
+    for one, other in zip(*(jax.value_and_grad(lambda x, f=f: loss(f, x))(x)
+                            for f in (quick, convolved)), strict=True):  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        assert np.abs(other).max() > 0
+
+
+def test_what_cannot_be_traced_stays_as_it_is():
+    def decides(params, x):
+        return lax.cond(x.sum() > 0, lambda: x @ params, lambda: -x @ params)
+
+    @jax.custom_vjp
+    def doubled(x):
+        return 2 * x
+
+    doubled.defvjp(lambda x: (2 * x, None), lambda _, back: (3 * back,))
+
+    def own_rule(params, x):
+        return doubled(x @ params)
+
+    for apply in (decides, own_rule):
+        assert quickest(apply, whole(4, 3), whole(2, 4)) is apply

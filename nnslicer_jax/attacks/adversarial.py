@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnslicer_jax.batches import filled
+from nnslicer_jax.evaluation import quickest
 
 # Images attacked at once unless asked otherwise: a ResNet-10 on them stays below 2 GiB.
 BATCH_SIZE = 128
@@ -182,7 +183,8 @@ def run(
     before = np.concatenate([_logits(apply, params, pixels[span]) for span in spans])[:count]
     _check_logits(before)
     keys = _keys(key if draws else jax.random.key(0), count)
-    moved = _searched(search, keys, apply, params, pixels, classes, bounds, size, options)
+    quick = quickest(apply, params, pixels)
+    moved = _searched(search, keys, quick, params, pixels, classes, bounds, size, options)
     after = np.concatenate([_logits(apply, params, moved[span]) for span in spans])[:count]
     success = after.argmax(1) != classes
     if closest:
