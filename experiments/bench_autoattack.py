@@ -1,4 +1,4 @@
-"""AutoAttack's four attacks beside those of the torchattacks package: what each leaves, and time.
+"""AutoAttack's four attacks beside those of the torchattacks package: what each leaves.
 
 Both attack the same images on the same network, whose weights are copied to PyTorch; what either
 finds is judged by this project's network, within eps and the bounds. Reproduced is the standard
@@ -11,7 +11,6 @@ size.
 import functools
 import importlib
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,8 +32,7 @@ TEXT = (
     "images, ours and that of torchattacks on the same weights in PyTorch, both judged by our "
     "network; torchattacks stands for the reference package, which no index of packages "
     "holds. The spread is the 95 % interval over images (Clopper and Pearson). The difference "
-    "is of the same images; the target is half a point. Seconds are of one run and, for ours, "
-    "include compiling, so they say only how far apart the two are."
+    "is of the same images; the target is half a point."
 )
 # In points of accuracy.
 TARGET = 0.5
@@ -217,21 +215,15 @@ def measure(
     for name, attack in ensemble(budget).items():
         row = f"{case.name}, {name}, eps {eps:g}"
         key = jax.random.key(seed)
-        start = time.perf_counter()
         found = evaluate.autoattack(key, *given, eps=eps, attacks={name: attack})
-        seconds = time.perf_counter() - start
         ours_all &= found.right
         left(row, "accuracy left", found.right)
-        say(row, "seconds, compiling included", seconds, "s")
         if network is None:
             continue
-        start = time.perf_counter()
         moved = _reference(case, network, reference, name, eps, budget, seed, benign.right)
-        seconds = time.perf_counter() - start
         right = benign.right & evaluate.benign(*given[:2], moved, case.labels).right
         theirs_all &= right
         left(row, "accuracy left by torchattacks", right)
-        say(row, "seconds of torchattacks", seconds, "s")
         _compare(say, row, found.right, right)
     row = f"{case.name}, all, eps {eps:g}"
     left(row, "accuracy left", ours_all)
